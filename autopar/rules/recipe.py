@@ -1,0 +1,136 @@
+"""Recipe: how one op may be split, as immutable data. The only thing the passes see of a rule.
+Must not know op names or notations (notation.py parses them, registry.py finds them).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from autopar.ir.graph import AxisRef
+from autopar.ir.types import AxisType, I, P, R, S
+
+Dims = tuple[tuple[str, ...], ...]  # per tensor dim: the names of its factors, outermost first; () for a dim of size 1 or a number
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A named size shared by dims of the inputs and outputs of one op.
+
+    `reduce` says what an output that lacks the factor becomes when the op is split on it:
+    None: not allowed; 'sum': P, the op's local results add up; 'inner': I, the emitted form communicates by itself
+    (then inputs that lack the factor are needed as I, not R).
+    """
+
+    name: str
+    size: int
+    split: bool
+    reduce: str | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the compiler knows of one op application (shapes known).
+
+    inputs, outputs: one entry per tensor input (ir.graph.op_inputs order) and tensor output (op_outputs order);
+        None marks an input the notation leaves out ('?'): it is needed as I (R when it may carry a gradient and the op is split).
+    linear: groups of input positions; the op is linear in each group jointly (all of them P -> outputs P, the
+        other inputs R), e.g. add: ((0, 1),); mul: ((0,), (1,)).
+    partial_bias: input positions that enter as P when the op is split on a factor that is reduced (bias of linear).
+    """
+
+    inputs: tuple[Dims | None, ...]
+    outputs: tuple[Dims | None, ...]
+    factors: dict[str, Factor]
+    linear: tuple[tuple[int, ...], ...] = ()
+    partial_bias: tuple[int, ...] = ()
+    random: bool = False
+    flops: float = 0.0  # forward, of the whole op
+    matmul: bool = False  # its flops count as matrix-multiply flops
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def dim_of(self, dims: Dims | None, factor: str) -> int | None:
+        """The tensor dim a split on the factor shards: the one where it is the outermost splittable name."""
+        for i, names in enumerate(dims or ()):
+            live = [n for n in names if self.factors[n].size > 1]
+            if live and live[0] == factor:
+                return i
+        return None
+
+    def carries(self, dims: Dims | None, factor: str) -> bool:
+        return any(factor in names for names in dims or ())
+
+    def legal(self, factor: str) -> bool:
+        """Whether the op may be split on the factor at all (before asking whether an axis divides it)."""
+        f = self.factors.get(factor)
+        if f is None or not f.split or f.size < 2:
+            return False
+        for dims in self.inputs + self.outputs:
+            if self.carries(dims, factor) and self.dim_of(dims, factor) is None:
+                return False  # an inner factor of a composed dim
+        if not any(self.carries(d, factor) for d in self.inputs + self.outputs):
+            return False
+        return f.reduce is not None or all(self.carries(d, factor) for d in self.outputs)
+
+    def choices(self, size: int) -> tuple[str, ...]:
+        """Factors that an axis of the given size can split."""
+        return tuple(n for n, f in self.factors.items() if self.legal(n) and f.size % size == 0)
+
+    def types(self, choice: str) -> tuple[tuple[AxisType, ...], tuple[AxisType, ...]]:
+        """(input types, output types) on one axis for a choice: a factor name, 'I', 'R', 'P' or 'P:<group>'.
+
+        Shards come with nest 0; the caller numbers them over all axes. Raises KeyError for an unknown choice.
+        """
+        n, m = len(self.inputs), len(self.outputs)
+        if choice == "I":
+            return (I,) * n, (I,) * m
+        if choice == "R":
+            return (R,) * n, (R,) * m
+        if choice == "P" or choice.startswith("P:"):
+            group = self.linear[int(choice[2:] or 0) if ":" in choice else 0]
+            return tuple(P if i in group else R for i in range(n)), (P,) * m
+        f = self.factors[choice]
+        rest = I if f.reduce == "inner" else R
+        ins = []
+        for i, dims in enumerate(self.inputs):
+            d = self.dim_of(dims, choice)
+            lost = f.reduce == "sum" and i in self.partial_bias
+            ins.append(S(d) if d is not None else P if lost else rest)
+        outs = []
+        for dims in self.outputs:
+            d = self.dim_of(dims, choice)
+            outs.append(S(d) if d is not None else I if f.reduce == "inner" else P)
+        return tuple(ins), tuple(outs)
+
+
+@dataclass(frozen=True)
+class Split:
+    """One axis of the mesh splitting one factor of an op."""
+
+    axis: str
+    size: int
+    factor: str
+
+    @property
+    def ref(self) -> AxisRef:
+        return AxisRef(self.axis)
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """The local form of an op: what one rank runs. `divide` divides every output by a number afterwards (mean)."""
+
+    fn: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    divide: int = 1
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A local size argument: a run-time scalar (Ref) divided by the axes that shard its dim. Prints `n // 2`."""
+
+    ref: Any
+    divisor: int
