@@ -3,10 +3,13 @@ Must not know about tensors or processes: the communication itself is runtime/co
 
 A *Type* is a tuple with one AxisType per mesh axis, in mesh order; the empty tuple is a value on one device.
 Where several axes shard the same dim, `nest` orders them: 0 is the outermost (its slices are the largest).
+A shard may lie *inside* outer groups: a dim of 3 x 8 entries (a fused q, k, v) of type S(1/3) gives each of two ranks
+entries 0-3 of each of the 3 groups. Such a dim is sharded by one axis only.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
@@ -23,11 +26,12 @@ class AxisType:
     kind: str  # 'R' | 'I' | 'S' | 'P'
     dim: int = -1  # S only: the tensor dim, never negative
     nest: int = 0  # S only: position among the axes that shard the same dim
+    outer: int = 1  # S only: number of equal groups of the dim, each of which is sharded
 
     def __repr__(self) -> str:
         if self.kind != "S":
             return self.kind
-        return f"S({self.dim})" if not self.nest else f"S({self.dim},{self.nest})"
+        return f"S({self.dim}{f'/{self.outer}' if self.outer > 1 else ''}{f',{self.nest}' if self.nest else ''})"
 
     @property
     def dual(self) -> AxisType:
@@ -41,20 +45,18 @@ P = AxisType("P")
 Type = tuple[AxisType, ...]
 
 
-def S(dim: int, nest: int = 0) -> AxisType:
-    return AxisType("S", dim, nest)
+def S(dim: int, nest: int = 0, outer: int = 1) -> AxisType:
+    return AxisType("S", dim, nest, outer)
 
 
 def parse_axis_type(text: str) -> AxisType:
-    """Inverse of repr: 'R', 'I', 'P', 'S(1)', 'S(1,1)'."""
+    """Inverse of repr: 'R', 'I', 'P', 'S(1)', 'S(1,1)' (nest 1), 'S(1/3)' (inside 3 groups)."""
     text = text.strip()
     if text in ("R", "I", "P"):
         return AxisType(text)
-    if text.startswith("S(") and text.endswith(")"):
-        parts = [p.strip() for p in text[2:-1].split(",")]
-        if 1 <= len(parts) <= 2 and all(p.isdigit() for p in parts):
-            return S(*map(int, parts))
-    raise ValueError(f"{text!r} is not an axis type; write R, I, P, S(dim) or S(dim,nest)")
+    if m := re.fullmatch(r"S\(\s*(\d+)\s*(?:/\s*(\d+))?\s*(?:,\s*(\d+))?\s*\)", text):
+        return S(int(m[1]), int(m[3] or 0), int(m[2] or 1))
+    raise ValueError(f"{text!r} is not an axis type; write R, I, P, S(dim), S(dim,nest) or S(dim/groups)")
 
 
 def dual(t: Type) -> Type:
@@ -138,8 +140,10 @@ def nesting(t: Type, dim: int) -> list[int]:
 
 
 def is_valid(t: Type) -> bool:
-    """Nest positions of each sharded dim are 0..n-1."""
+    """Nest positions of each sharded dim are 0..n-1, and a dim sharded inside groups has one axis."""
     dims = {a.dim for a in t if a.kind == "S"}
+    if any(a.outer > 1 and len(nesting(t, a.dim)) > 1 for a in t if a.kind == "S"):
+        return False
     return all(sorted(a.nest for a in t if a.kind == "S" and a.dim == d) == list(range(len(nesting(t, d)))) for d in dims)
 
 
@@ -154,23 +158,25 @@ def apply_step(t: Type, step: Step) -> Type:
         rest = [i for i in nesting(t, step.dst.dim) if i != step.axis]
         if step.dst.nest != len(rest):
             raise ValueError(f"a new shard of dim {step.dst.dim} must be the innermost, nest {len(rest)}")
+        if rest and (step.dst.outer > 1 or any(t[i].outer > 1 for i in rest)):
+            raise ValueError(f"dim {step.dst.dim} is sharded inside groups and by another axis")
     return t[: step.axis] + (step.dst,) + t[step.axis + 1 :]
 
 
 @lru_cache(maxsize=65536)
 def _path(src: Type, dst: Type, mesh: Mesh, grad: bool) -> tuple[tuple[Step, ...], float]:
     """Cheapest legal chain of single-axis conversions and its cost for one logical byte."""
-    dims = sorted({a.dim for a in src + dst if a.kind == "S"})
+    shards = sorted({replace(a, nest=0) for a in src + dst if a.kind == "S"})
     graph = nx.DiGraph()
     todo, seen = [src], {src}
     while todo:
         t = todo.pop()
         for i, a in enumerate(t):
             # NB: a detour through P (zeros and a reduction) may be cheap in bytes, but nobody would want to read it.
-            targets = [R, I] + [P] * (dst[i] == P) + [S(d) for d in dims]
+            targets = [R, I, *[P] * (dst[i] == P), *shards]
             for target in targets:
                 if target.kind == "S":
-                    target = S(target.dim, len([j for j in nesting(t, target.dim) if j != i]))
+                    target = replace(target, nest=len([j for j in nesting(t, target.dim) if j != i]))
                 if target == a:
                     continue
                 if a.kind == "S" and target.kind == "S" and a.dim == target.dim:
