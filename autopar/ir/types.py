@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 from math import prod
 
 import networkx as nx
@@ -40,7 +41,7 @@ class AxisType:
 
 
 R = AxisType("R")
-I = AxisType("I")  # noqa: E741  the name the design uses
+I = AxisType("I")
 P = AxisType("P")
 Type = tuple[AxisType, ...]
 
@@ -152,6 +153,8 @@ def apply_step(t: Type, step: Step) -> Type:
     a = t[step.axis]
     if a != step.src or (step.src.kind, step.dst.kind) not in TABLE:
         raise ValueError(f"conversion {step.src} -> {step.dst} does not apply to a value of type {a}")
+    if a.kind == step.dst.kind and a.dim == step.dst.dim:
+        raise ValueError(f"no single step rearranges the shards of dim {a.dim}: {a} -> {step.dst}")
     if a.kind == "S" and nesting(t, a.dim)[-1] != step.axis:
         raise ValueError(f"axis {step.axis} is not the innermost shard of dim {a.dim} in {t}")
     if step.dst.kind == "S":
@@ -160,7 +163,7 @@ def apply_step(t: Type, step: Step) -> Type:
             raise ValueError(f"a new shard of dim {step.dst.dim} must be the innermost, nest {len(rest)}")
         if rest and (step.dst.outer > 1 or any(t[i].outer > 1 for i in rest)):
             raise ValueError(f"dim {step.dst.dim} is sharded inside groups and by another axis")
-    return t[: step.axis] + (step.dst,) + t[step.axis + 1 :]
+    return (*t[: step.axis], step.dst, *t[step.axis + 1 :])
 
 
 @lru_cache(maxsize=65536)
@@ -179,8 +182,6 @@ def _path(src: Type, dst: Type, mesh: Mesh, grad: bool) -> tuple[tuple[Step, ...
                     target = replace(target, nest=len([j for j in nesting(t, target.dim) if j != i]))
                 if target == a:
                     continue
-                if a.kind == "S" and target.kind == "S" and a.dim == target.dim:
-                    continue
                 step = Step(i, a, target)
                 try:
                     new = apply_step(t, step)
@@ -192,7 +193,7 @@ def _path(src: Type, dst: Type, mesh: Mesh, grad: bool) -> tuple[tuple[Step, ...
                     seen.add(new)
                     todo.append(new)
     nodes = nx.dijkstra_path(graph, src, dst)
-    edges = [graph.edges[u, v] for u, v in zip(nodes, nodes[1:], strict=False)]
+    edges = [graph.edges[u, v] for u, v in pairwise(nodes)]
     return tuple(e["step"] for e in edges), sum(e["weight"] for e in edges)
 
 
