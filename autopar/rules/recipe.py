@@ -177,3 +177,13 @@ class Scaled:
 
     ref: Any
     divisor: int
+
+
+@dataclass(frozen=True)
+class TrainingOnly:
+    """A literal that depends on the mode at run time. Prints `(value if self.training else otherwise)`, and `self.training`
+    for (True, False). In a graph traced in eval mode it stands for `value`, as recorded.
+    """
+
+    value: Any
+    otherwise: Any
