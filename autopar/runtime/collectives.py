@@ -1,0 +1,172 @@
+"""The conversions between value types (design section 2): one autograd Function per row of the table, its backward the dual row.
+Must not know about plans or modules. The only place where a backward of a communication is written.
+
+Every function is a no-op along an axis of one rank, and calls no autograd Function where no gradient is wanted. The gradient of a value
+has the dual type (R and P swap), so a backward is a conversion too, and being differentiable itself it also serves second derivatives.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autopar.runtime.axis import Axis, Record, record
+
+__all__ = [
+    "i_to_r", "p_to_i", "p_to_r", "p_to_s", "s_to_r", "s_to_i", "i_to_s", "r_to_s", "s_to_s", "r_to_i", "i_to_p", "r_to_p", "s_to_p",
+    "Record", "record",
+]  # fmt: skip
+
+
+# What a row does: one of these, or a method of Axis. All take (tensor, axis, *dims).
+
+
+def _nothing(x: Tensor, axis: Axis) -> Tensor:
+    return x
+
+
+def _slice(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    """This rank's slice, a view. Raises LayoutError where the dim does not split evenly."""
+    n = axis.shard(x.shape[dim], f"dim {dim} of a {tuple(x.shape)} tensor")
+    return x.narrow(dim, axis.rank * n, n)
+
+
+def _place(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    """The whole tensor, zero but for this rank's slice."""
+    dim %= x.dim()
+    out = x.new_zeros([n * axis.size if d == dim else n for d, n in enumerate(x.shape)])
+    _slice(out, axis, dim).copy_(x)
+    return out
+
+
+def _keep_first(x: Tensor, axis: Axis) -> Tensor:
+    return x if axis.rank == 0 else torch.zeros_like(x)
+
+
+def _exchange(x: Tensor, axis: Axis, src_dim: int, dst_dim: int) -> Tensor:
+    return axis.all_to_all(x, split_dim=dst_dim, cat_dim=src_dim)
+
+
+def _all_reduce(x: Tensor, axis: Axis) -> Tensor:
+    return axis.all_reduce(x)
+
+
+def _reduce_scatter(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    return axis.reduce_scatter(x, dim)
+
+
+def _all_gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    return axis.all_gather(x, dim)
+
+
+class _Row(torch.autograd.Function):
+    """One row: `run` is what happens, `dual` the conversion of the gradient. Both take (tensor, axis, *dims)."""
+
+    run: Any
+    dual: Any
+
+    @classmethod
+    def forward(cls, ctx: Any, x: Tensor, axis: Axis, *dims: int) -> Tensor:
+        ctx.axis, ctx.dims = axis, dims
+        return cls.run(x, axis, *dims)
+
+    @classmethod
+    def backward(cls, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # NB: reversed, for s_to_s: what was cut is concatenated and the other way round.
+        return cls.dual(grad, ctx.axis, *ctx.dims[::-1]), None, *(None for _ in ctx.dims)
+
+    @classmethod
+    def convert(cls, x: Tensor, axis: Axis, *dims: int) -> Tensor:
+        if axis.size == 1:
+            return x
+        if x.requires_grad and torch.is_grad_enabled():
+            return cls.apply(x, axis, *dims)
+        return cls.run(x, axis, *dims)
+
+
+def _row(name: str, run: Any, dual: Any) -> Any:
+    """The conversion function of one row; `name` is what its nodes are called in an autograd graph."""
+    return type(name, (_Row,), {"run": staticmethod(run), "dual": staticmethod(dual)}).convert
+
+
+def i_to_r(x: Tensor, axis: Axis) -> Tensor:
+    """I -> R: nothing; backward all-reduce (P -> I)."""
+    return _i_to_r(x, axis)
+
+
+def p_to_i(x: Tensor, axis: Axis) -> Tensor:
+    """P -> I: all-reduce; backward nothing (I -> R)."""
+    return _p_to_i(x, axis)
+
+
+def p_to_r(x: Tensor, axis: Axis) -> Tensor:
+    """P -> R: all-reduce; backward all-reduce (P -> R)."""
+    return _p_to_r(x, axis)
+
+
+def p_to_s(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    """P -> S(dim): reduce-scatter; backward all-gather (S -> R)."""
+    return _p_to_s(x, axis, dim)
+
+
+def s_to_r(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    """S(dim) -> R: all-gather; backward reduce-scatter (P -> S)."""
+    return _s_to_r(x, axis, dim)
+
+
+def s_to_i(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    """S(dim) -> I: all-gather; backward slice (I -> S)."""
+    return _s_to_i(x, axis, dim)
+
+
+def i_to_s(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    """I -> S(dim): slice, a view; backward all-gather (S -> I)."""
+    return _i_to_s(x, axis, dim)
+
+
+def r_to_s(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    """R -> S(dim): slice, a view; backward place into zeros (S -> P)."""
+    return _r_to_s(x, axis, dim)
+
+
+def s_to_s(x: Tensor, axis: Axis, src_dim: int, dst_dim: int) -> Tensor:
+    """S(src) -> S(dst): all-to-all; backward all-to-all (S(dst) -> S(src))."""
+    return _s_to_s(x, axis, src_dim, dst_dim)
+
+
+def r_to_i(x: Tensor, axis: Axis) -> Tensor:
+    """R -> I: nothing; backward keep on the first rank, zero elsewhere (I -> P)."""
+    return _r_to_i(x, axis)
+
+
+def i_to_p(x: Tensor, axis: Axis) -> Tensor:
+    """I -> P: keep on the first rank, zero elsewhere; backward nothing (R -> I)."""
+    return _i_to_p(x, axis)
+
+
+def r_to_p(x: Tensor, axis: Axis) -> Tensor:
+    """R -> P: keep on the first rank, zero elsewhere; backward the same (R -> P)."""
+    return _r_to_p(x, axis)
+
+
+def s_to_p(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    """S(dim) -> P: place into zeros; backward slice (R -> S)."""
+    return _s_to_p(x, axis, dim)
+
+
+# name, forward, backward
+_i_to_r = _row("IToR", _nothing, p_to_i)
+_p_to_i = _row("PToI", _all_reduce, i_to_r)
+_p_to_r = _row("PToR", _all_reduce, p_to_r)
+_p_to_s = _row("PToS", _reduce_scatter, s_to_r)
+_s_to_r = _row("SToR", _all_gather, p_to_s)
+_s_to_i = _row("SToI", _all_gather, i_to_s)
+_i_to_s = _row("IToS", _slice, s_to_i)
+_r_to_s = _row("RToS", _slice, s_to_p)
+_s_to_s = _row("SToS", _exchange, s_to_s)
+_r_to_i = _row("RToI", _nothing, i_to_p)
+_i_to_p = _row("IToP", _keep_first, r_to_i)
+_r_to_p = _row("RToP", _keep_first, r_to_p)
+_s_to_p = _row("SToP", _place, r_to_s)
