@@ -195,7 +195,7 @@ class Case:
 
     # -- making the local form
 
-    def emitted(self, *, fn: str | None = None, divide: int = 1, times: int = 1, **changed: Any) -> Emitted:
+    def emitted(self, *, fn: str | None = None, divide: int = 1, **changed: Any) -> Emitted:
         """The call with some arguments changed, each written in the form the user wrote it."""
         args, kwargs = list(self.op.args), dict(self.op.kwargs)
         for name, value in changed.items():
@@ -206,7 +206,7 @@ class Case:
                 args[at] = value
             else:
                 kwargs[at] = value
-        return Emitted(fn or self.op.fn, tuple(args), kwargs, divide, times)
+        return Emitted(fn or self.op.fn, tuple(args), kwargs, divide)
 
     def local_sizes(self, recipe: Recipe, splits: Iterable[Split], sizes: Sequence[Any], first: int = 0, out: int = 0) -> Any:
         """Shape arguments for dims first, first+1, ... of an output, divided where the splits shard them."""

@@ -163,14 +163,12 @@ class Split:
 
 @dataclass(frozen=True)
 class Emitted:
-    """The local form of an op: what one rank runs. `divide` divides every tensor output by a number afterwards (mean),
-    `times` multiplies every scalar output (a size read from a sharded value)."""
+    """The local form of an op: what one rank runs. `divide` divides every output by a number afterwards (mean)."""
 
     fn: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     divide: int = 1
-    times: int = 1
 
 
 @dataclass(frozen=True)
