@@ -5,6 +5,7 @@ Must not know about conversions or types of values (lower does).
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -38,6 +39,8 @@ class Resolved:
     variants: dict[str, Variant]  # callees before callers
     params: dict[str, dict[str, AxisType]]  # qualified parameter name -> axis name -> forced placement
 
+Translate = Callable[[Block, Op, Recipe | None, str], str | None]
+
 
 def recipe_of(block: Block, op: Op) -> Recipe | None:
     """The rule of an op. NB: imported late, so that plans can be read and compared without loading the rules."""
@@ -53,6 +56,14 @@ def resolve(graph: Graph, plan: Plan) -> Resolved:
     a choice that is no factor of the op, a factor that may not be split or that the axis does not divide
     (names the op, its source line, the dim, its size and the degree).
     """
+    return resolve_partial(graph, plan, unnamed="I")
+
+
+def resolve_partial(graph: Graph, plan: Plan, *, unnamed: str = "", translate: Translate | None = None) -> Resolved:
+    """As resolve, but an op and axis that no entry names has the choice `unnamed`, so that a policy can fill it in.
+
+    translate(block, op, recipe, text) -> choice reads the text of an entry for one op; None leaves the op unnamed.
+    """
     if plan.graph:
         _check_graph(graph, plan)
     for table in (plan.ops, plan.params):
@@ -61,14 +72,14 @@ def resolve(graph: Graph, plan: Plan) -> Resolved:
                 if axis not in plan.mesh.names:
                     names = suggest(axis, plan.mesh.names) if plan.mesh.names else "the mesh has no axes"
                     raise PlanError(f"plan entry {pattern!r} names an unknown mesh axis {axis!r}; {names}")
-    return _Resolver(graph, plan).run()
+    return _Resolver(graph, plan, unnamed, translate).run()
 
 
 class _Resolver:
     """One walk over the tree of calls; a block reached again in the same pattern state is not walked again."""
 
-    def __init__(self, graph: Graph, plan: Plan) -> None:
-        self.graph, self.plan = graph, plan
+    def __init__(self, graph: Graph, plan: Plan, unnamed: str, translate: Translate | None) -> None:
+        self.graph, self.plan, self.unnamed, self.translate = graph, plan, unnamed, translate
         self.trie, self.entries = Trie(), list(plan.ops.items())
         for i, (pattern, _) in enumerate(self.entries):
             self.trie.add(*split_address(pattern), i)
@@ -121,12 +132,16 @@ class _Resolver:
         named: dict[str, str] = {}
         for i in entries:
             named.update(self.entries[i][1])
-        choice = tuple(named.get(a, "I") for a in self.plan.mesh.names)
+        if (block.name, op.id) not in self.recipes and set(named.values()) - {"I"}:
+            self.recipes[block.name, op.id] = recipe_of(block, op)
+        recipe = self.recipes.get((block.name, op.id))
+        if self.translate:
+            read = {a: self.translate(block, op, recipe, c) for a, c in named.items()}
+            named = {a: c for a, c in read.items() if c is not None}
+        choice = tuple(named.get(a, self.unnamed) for a in self.plan.mesh.names)
         key = (block.name, op.id, choice)
         if key not in self.legal:
-            if (block.name, op.id) not in self.recipes and set(choice) != {"I"}:
-                self.recipes[block.name, op.id] = recipe_of(block, op)
-            check_choice(block, op, self.recipes.get((block.name, op.id)), choice, self.plan.mesh, address(path, op.id))
+            check_choice(block, op, recipe, tuple(c or "I" for c in choice), self.plan.mesh, address(path, op.id))
             self.legal.add(key)
         return choice
 
@@ -151,7 +166,9 @@ def check_choice(block: Block, op: Op, recipe: Recipe | None, choice: tuple[str,
     if op.whole:
         raise PlanError(f"{at}: the plan asks for {asked}, but a mutation is seen through an alias here: the op must stay 'I'")
     if recipe is None:
-        raise PlanError(f"{at}: the plan asks for {asked}, but no rule knows {op.fn}: it can only be 'I' (register_op adds a rule)")
+        if set(choice) <= {"I", "R"}:
+            return
+        raise PlanError(f"{at}: the plan asks for {asked}, but no rule knows {op.fn}: it can only be 'I' or 'R' (register_op adds a rule)")
     split: dict[str, list[int]] = defaultdict(list)
     for i, (axis, k, c) in enumerate(zip(mesh.names, mesh.sizes, choice, strict=True)):
         if c in ("I", "R"):
@@ -180,6 +197,15 @@ def check_choice(block: Block, op: Op, recipe: Recipe | None, choice: tuple[str,
         for n, types in enumerate(zip(*(t[side] for t in per_axis), strict=True)):
             if not is_valid(with_nest(types)):
                 raise PlanError(f"{at}: {asked} would shard one dim of {word} {n} along several axes and inside groups: {types}")
+
+
+def fits(block: Block, op: Op, recipe: Recipe | None, choice: tuple[str, ...], mesh: Mesh) -> bool:
+    """Whether check_choice has nothing to say."""
+    try:
+        check_choice(block, op, recipe, choice, mesh, op.id)
+    except PlanError:
+        return False
+    return True
 
 
 def _check_linear(at: str, axis: str, choice: str, recipe: Recipe) -> None:
