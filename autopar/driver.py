@@ -1,0 +1,176 @@
+"""The driver: trace, policy, lower, check, emit, save, load. Reads as section 1 of the design.
+Must not know how any stage works.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from autopar.codegen import savedir
+from autopar.codegen.emit import emit
+from autopar.config import ComputeConfig, ReuseType
+from autopar.errors import ConfigError, PlanError
+from autopar.ir.codec import load_graph, save_graph
+from autopar.ir.graph import Graph
+from autopar.lower.check import check
+from autopar.lower.lower import lower
+from autopar.lower.program import Program
+from autopar.pas.plan import Plan
+from autopar.pas.policies import get_policy
+from autopar.trace import trace
+
+log = logging.getLogger("autopar")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """Everything one compile made, before it is written."""
+
+    graph: Graph
+    plan: Plan
+    program: Program
+    texts: dict[str, str]  # file name -> generated source
+
+
+def compile_module(
+    module: nn.Module,
+    dummy_forward_args: Mapping[str, Any],
+    pas_policy: str | Callable[[Graph, ComputeConfig], Plan] | Plan,
+    config: ComputeConfig,
+    *,
+    graph: Graph | None = None,
+) -> Compiled:
+    """Compile in memory: no file is touched, no GPU or process group is needed. A graph traced before may be handed in.
+
+    Raises TraceError, PlanError, ConfigError or CheckError, each naming the user's source line where there is one.
+    """
+    if graph is None:
+        graph = trace(module, dict(dummy_forward_args), strategy=config.trace_strategy, constant_folding=config.constant_folding)
+    plan = make_plan(graph, pas_policy, config)
+    program = lower(graph, plan)
+    check(graph, program)
+    return Compiled(graph, plan, program, emit(graph, program, guards=config.guards))
+
+
+def make_plan(graph: Graph, pas_policy: Any, config: ComputeConfig) -> Plan:
+    """The plan of a policy (name, function or a ready Plan) with the graph's fingerprint. Raises PlanError, ConfigError."""
+    plan = pas_policy if isinstance(pas_policy, Plan) else get_policy(pas_policy)(graph, config)
+    if not isinstance(plan, Plan):
+        raise ConfigError(f"policy {savedir.policy_name(pas_policy)} returned {type(plan).__name__}; a policy returns an autopar.Plan")
+    if plan.mesh.size != config.plan_ngpus:
+        raise PlanError(f"the plan's {plan.mesh} has {plan.mesh.size} devices, but plan_ngpus is {config.plan_ngpus}")
+    return plan if plan.graph else replace(plan, graph=graph.fingerprint)
+
+
+def compile_to(
+    module: nn.Module,
+    dummy_forward_args: Mapping[str, Any],
+    pas_policy: Any,
+    config: ComputeConfig,
+    *,
+    gen_savedir: str | Path = "./.autopar",
+    reuse: ReuseType | str = ReuseType.MATCH,
+    instance_name: str | None = None,
+) -> Path:
+    """Compile into a folder, reusing what is there as `reuse` says (design section 9), and return the folder.
+
+    Raises SavedirError where the folder cannot be written, is damaged, or was made from another configuration.
+    """
+    import autopar
+
+    reuse = ReuseType.of(reuse)
+    identity = savedir.identify(module, dummy_forward_args, pas_policy, config, autopar.__version__)
+    folder = savedir.folder_of(gen_savedir, identity.graph["module"], instance_name)
+    decision = savedir.decide(folder, identity, reuse)
+    log.info("%s: reusing %s (%s)", folder, decision.reuse, decision.reason)
+    if decision.reuse == "code":
+        return folder
+    old = load_graph(folder) if decision.reuse == "graph" else None
+    compiled = compile_module(module, dummy_forward_args, pas_policy, config, graph=old)
+
+    def fill(tmp: Path) -> None:
+        weights = folder / WEIGHTS
+        if old is not None:
+            for name in ("graph.json", "constants.safetensors", WEIGHTS):
+                if (folder / name).exists():
+                    shutil.copy2(folder / name, tmp / name)
+        else:
+            save_graph(compiled.graph, tmp)
+            save_weights(module, compiled.graph, tmp / weights.name)
+        compiled.plan.save(tmp / "plan.json")
+        for name, text in compiled.texts.items():
+            (tmp / name).write_text(text)
+
+    savedir.write(folder, identity, fill)
+    return folder
+
+
+WEIGHTS = "weights.safetensors"
+
+
+def save_weights(module: nn.Module, graph: Graph, path: Path) -> None:
+    """The initial values of every parameter and buffer under its original name; nothing for tensors on the meta device."""
+    from safetensors.torch import save_file
+
+    found = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    values = {t.name: found[t.name].detach() for t in graph.tensors if t.kind != "constant" and not found[t.name].is_meta}
+    # NB: safetensors refuses tensors that share memory; expanded or sliced parameters are written out in full.
+    save_file({k: v.cpu().contiguous().clone() for k, v in values.items()}, str(path))
+
+
+def parallelize(
+    module: nn.Module | type[nn.Module],
+    dummy_forward_args: Mapping[str, Any],
+    pas_policy: str | Callable[[Graph, ComputeConfig], Plan] | Plan = "tp",
+    compute_config: ComputeConfig | None = None,
+    *,
+    gen_savedir: str | Path = "./.autopar",
+    reuse: ReuseType | str = ReuseType.MATCH,
+    instance_name: str | None = None,
+    load_module: bool = True,
+    module_fn: Callable[[], nn.Module] | None = None,
+    device: str | torch.device | None = None,
+    timeout: float = 600.0,
+) -> nn.Module | Path:
+    """Compile a module for a cluster and load this rank's part of it.
+
+    module: the module, or its class (built by `module_fn()` or without arguments). It is never changed.
+    dummy_forward_args: name -> example value for every argument of forward that has no default.
+    pas_policy: a built-in policy's name ('dp', 'tp', 'data'), a function (graph, config) -> Plan, or a Plan.
+    load_module: False compiles only, needs no process group, and returns the folder.
+
+    Under torchrun rank 0 compiles and the others wait; an error on one rank ends all with that error.
+    Returns a ParallelModule on this rank's device (CUDA where there is one), with the initial weights of the module.
+    """
+    from autopar.runtime.launch import compile_once, load
+
+    config = compute_config or ComputeConfig()
+    ReuseType.of(reuse)
+
+    def build() -> Path:
+        made = _instance(module, module_fn)
+        return compile_to(made, dummy_forward_args, pas_policy, config, gen_savedir=gen_savedir, reuse=reuse, instance_name=instance_name)
+
+    if not load_module:
+        return build()
+    folder = compile_once(build, config.runtime_ngpus, timeout)
+    return load(folder, units=config.units, device=device, timeout=timeout)
+
+
+def _instance(module: nn.Module | type[nn.Module], module_fn: Callable[[], nn.Module] | None) -> nn.Module:
+    if isinstance(module, nn.Module):
+        return module
+    if isinstance(module, type) and issubclass(module, nn.Module):
+        made = module_fn() if module_fn else module()
+        if not isinstance(made, nn.Module):
+            raise ConfigError(f"module_fn returned {type(made).__name__}; it must return an instance of {module.__qualname__}")
+        return made
+    raise ConfigError(f"module must be a torch.nn.Module or a class of one, got {module!r}")
