@@ -140,7 +140,8 @@ def test_parameters_by_pattern():
         (TP, {"**.up/linear": {"tp": "P:2"}}, "'P:2' on axis 'tp' names no linear group of the op; "
          "it has 'P:0' (inputs 0), 'P:1' (inputs 1)"),
         (TP, {"/mystery": {"tp": "b"}},
-         "/mystery (model.py:16: %10 = mystery(...)): the plan asks for 'b' on axis 'tp', but no rule knows mystery: it can only be 'I' or 'R'"),
+         "/mystery (model.py:16: %10 = mystery(...)): the plan asks for 'b' on axis 'tp', "
+         "but no rule knows mystery: it can only be 'I' or 'R'"),
         (TP, {"/mul_": {"tp": "b"}}, "the plan asks for 'b' on axis 'tp', "
          "but a mutation is seen through an alias here: the op must stay 'I'"),
         (TP, {"**.up/linear": {"tp": "n/5"}}, "factor 'n/5' may not be split: its size 64 does not make 5 equal groups"),

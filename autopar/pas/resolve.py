@@ -39,7 +39,8 @@ class Resolved:
     variants: dict[str, Variant]  # callees before callers
     params: dict[str, dict[str, AxisType]]  # qualified parameter name -> axis name -> forced placement
 
-Translate = Callable[[Block, Op, Recipe | None, str], str | None]
+
+Translate = Callable[[Block, Op, Recipe | None, str, int], str | None]
 
 
 def recipe_of(block: Block, op: Op) -> Recipe | None:
@@ -62,7 +63,7 @@ def resolve(graph: Graph, plan: Plan) -> Resolved:
 def resolve_partial(graph: Graph, plan: Plan, *, unnamed: str = "", translate: Translate | None = None) -> Resolved:
     """As resolve, but an op and axis that no entry names has the choice `unnamed`, so that a policy can fill it in.
 
-    translate(block, op, recipe, text) -> choice reads the text of an entry for one op; None leaves the op unnamed.
+    translate(block, op, recipe, text, axis size) -> choice reads the text of an entry for one op; None leaves the op unnamed.
     """
     if plan.graph:
         _check_graph(graph, plan)
@@ -136,7 +137,8 @@ class _Resolver:
             self.recipes[block.name, op.id] = recipe_of(block, op)
         recipe = self.recipes.get((block.name, op.id))
         if self.translate:
-            read = {a: self.translate(block, op, recipe, c) for a, c in named.items()}
+            sizes = dict(self.plan.mesh.axes)
+            read = {a: self.translate(block, op, recipe, c, sizes[a]) for a, c in named.items()}
             named = {a: c for a, c in read.items() if c is not None}
         choice = tuple(named.get(a, self.unnamed) for a in self.plan.mesh.names)
         key = (block.name, op.id, choice)

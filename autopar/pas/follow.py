@@ -1,0 +1,194 @@
+"""follow: complete a partial plan. Ops that no entry names follow how their inputs arrive, axis by axis.
+Must not invent a split: a factor is chosen only where an input already arrives sharded on it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+
+from autopar.ir.graph import Block, Call, Graph, Guard, Op, Value, op_inputs, op_outputs, refs
+from autopar.ir.mesh import Mesh
+from autopar.ir.types import AxisType, I, P, R, cost, parse_axis_type
+from autopar.pas.build import plan_of
+from autopar.pas.plan import Plan
+from autopar.pas.resolve import Resolved, Variant, fits, recipe_of, resolve_partial
+from autopar.rules.recipe import Recipe
+
+ITEM = {"float64": 8, "int64": 8, "complex64": 8, "float16": 2, "bfloat16": 2, "int16": 2, "bool": 1, "uint8": 1, "int8": 1}
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """One tensor input of an op as it arrives on one axis. type None: a parameter, held as its uses ask."""
+
+    value: Value
+    type: AxisType | None
+
+
+# decides an unnamed op on one axis: (the op's recipe, arrivals, choices that are legal and invent nothing, axis size) -> choice
+Decide = Callable[[Recipe, list[Arrival], list[str], int], str]
+
+
+def follow(graph: Graph, plan: Plan, *, start: Mapping[str, Mapping[str, str]] | None = None) -> Plan:
+    """A total plan: what the plan names, and for every other op and axis the choice with the least conversion cost.
+
+    Choices: I; R if all inputs with a gradient arrive R; P if a linear group arrives as P; a factor on which an input arrives
+    sharded (ties prefer these). start: argument name -> {axis: 'S(d)'} takes graph inputs as sharded already.
+    Raises PlanError as resolve does.
+    """
+    return plan_of(graph, follow_resolved(graph, resolve_partial(graph, plan), cheapest, start=start))
+
+
+def follow_resolved(
+    graph: Graph, partial: Resolved, decide: Decide, *, axes: tuple[str, ...] = (), start: Mapping[str, Mapping[str, str]] | None = None
+) -> Resolved:
+    """Fill the unnamed choices ('') of the given axes (default: all, in mesh order) by a rule of one's own."""
+    for axis in axes or partial.plan.mesh.names:
+        partial = _Walker(graph, partial, axis, decide, start or {}).run()
+    return partial
+
+
+def cheapest(recipe: Recipe, arrivals: list[Arrival], choices: list[str], size: int) -> str:
+    """The choice whose inputs cost least to convert; a split before P, R and I where they cost the same."""
+    mesh = Mesh((("x", size),))
+    rank = {"I": 3, "R": 2}
+
+    def price(choice: str) -> tuple[float, int]:
+        total, seen = 0.0, set()
+        for a, t in zip(arrivals, recipe.types(choice)[0], strict=True):
+            if a.type is not None and (a.value.id, t) not in seen:
+                seen.add((a.value.id, t))
+                total += cost((a.type,), (replace(t, nest=0),), mesh, nbytes(a.value), grad=a.value.grad)
+        return float(f"{total:.9g}"), rank.get(choice, int(choice[:1] == "P"))
+
+    return min(choices, key=price)
+
+
+def keep_split(recipe: Recipe, arrivals: list[Arrival], choices: list[str], size: int) -> str:
+    """Keep what arrives sharded sharded whatever it costs; what carries no shard is R if it can be, so that gradients stay partial."""
+    splits = [c for c in choices if recipe.parse(c)[0] in recipe.factors]
+    if splits:
+        return cheapest(recipe, arrivals, splits, size)
+    sharded = any(a.type is not None and a.type.kind == "S" for a in arrivals)
+    if (
+        "R" not in choices
+        and not sharded
+        and any(a.value.grad for a in arrivals)
+        and all(a.type in (None, R) or not a.value.grad for a in arrivals)
+    ):
+        return "R"
+    return cheapest(recipe, arrivals, choices, size)
+
+
+def nbytes(v: Value) -> float:
+    return float(max(1, prod(v.shape)) * ITEM.get(v.dtype, 4))
+
+
+def offered(recipe: Recipe, arrivals: list[Arrival]) -> list[str]:
+    """Choices that invent no split and no replication, most preferred first."""
+    out = []
+    for i, a in enumerate(arrivals):
+        if a.type is not None and a.type.kind == "S" and (c := recipe.choice_for(i, replace(a.type, nest=0))) is not None:
+            out.append(c)
+    for n, group in enumerate(recipe.linear):
+        kinds = {arrivals[i].type for i in group}
+        if P in kinds and kinds <= {P, None}:
+            out.append(f"P:{n}" if n else "P")
+    graded = [a.type for a in arrivals if a.value.grad]
+    if R in graded and set(graded) <= {R, None}:
+        out.append("R")
+    return [*dict.fromkeys(out), "I"]
+
+
+class _Walker:
+    """One axis: the type of every value on it, block by block. A variant is walked once per way its inputs arrive."""
+
+    def __init__(self, graph: Graph, partial: Resolved, axis: str, decide: Decide, start: Mapping[str, Mapping[str, str]]) -> None:
+        self.graph, self.partial, self.decide = graph, partial, decide
+        self.mesh = partial.plan.mesh
+        self.axis, self.size = self.mesh.index(axis), dict(self.mesh.axes)[axis]
+        self.start = self._start(axis, start)
+        self.recipes: dict[tuple[str, str], Recipe | None] = {}
+        self.done: dict[tuple[str, tuple], tuple[dict[str, str], tuple, list]] = {}
+
+    def _start(self, axis: str, start: Mapping[str, Mapping[str, str]]) -> tuple[AxisType, ...]:
+        named = {}
+        for a in self.graph.arguments:
+            if a.name in start and axis in start[a.name]:
+                t = parse_axis_type(start[a.name][axis])
+                named.update({r.id: t for r in refs(a.tree) if t.kind != "S" or self._divides(r.id, t)})
+        return tuple(named.get(i, I) for i in self.graph.body.inputs)
+
+    def _divides(self, value: int, t: AxisType) -> bool:
+        shape = self.graph.body.values[value].shape
+        return t.dim < len(shape) and shape[t.dim] % (self.size * t.outer) == 0
+
+    def run(self) -> Resolved:
+        weight: dict[tuple[str, tuple], int] = defaultdict(int)
+        weight[self.partial.root, self.start] = 1
+        variants = {}
+        for name, v in reversed(self.partial.variants.items()):  # callers before callees
+            # NB: layers of a stack share one decision: that of the way most of them are reached.
+            arrivals = [(n, a) for (w, a), n in weight.items() if w == name]
+            best = max(arrivals, key=lambda x: x[0])[1]
+            choices, _, calls = self.walk(v, best)
+            for callee, types in calls:
+                weight[callee, types] += sum(n for n, _ in arrivals)
+            variants[name] = replace(v, choices={i: self._with(v, i, c) for i, c in choices.items()})
+        return replace(self.partial, variants=dict(reversed(variants.items())))
+
+    def _with(self, v: Variant, op_id: str, choice: str) -> tuple[str, ...]:
+        old = v.choices[op_id]
+        return (*old[: self.axis], choice, *old[self.axis + 1 :])
+
+    def walk(self, v: Variant, arrivals: tuple) -> tuple[dict[str, str], tuple, list]:
+        """(choice per op, output types, calls made with the types they get) for a variant whose inputs arrive so."""
+        if (v.name, arrivals) in self.done:
+            return self.done[v.name, arrivals]
+        block = self.graph.blocks[v.block]
+        held: dict[int, AxisType | None] = dict(zip(block.inputs, arrivals, strict=True))
+        held.update({p.value: None for p in block.params})
+        choices: dict[str, str] = {}
+        calls = []
+        for op in block.ops:
+            if isinstance(op, Guard):
+                continue
+            if isinstance(op, Call):
+                callee = self.partial.variants[v.callees[op.id]]
+                types = tuple(held.get(a, I) for a in op.args)
+                calls.append((callee.name, types))
+                held.update(zip(op.out, self.walk(callee, types)[1], strict=True))
+                held.update({new: I for _, new in op.writes})
+                continue
+            recipe = self.recipe(block, op)
+            choice = choices[op.id] = v.choices[op.id][self.axis] or self.choose(block, v, op, recipe, held)
+            outs = op_outputs(block, op)
+            for value, t in zip(outs, self._outputs(recipe, choice, len(outs)), strict=True):
+                held[value.id] = I if t == R and not value.grad else replace(t, nest=0)
+        self.done[v.name, arrivals] = (choices, tuple(held.get(o, I) for o in block.outputs), calls)
+        return self.done[v.name, arrivals]
+
+    def _outputs(self, recipe: Recipe | None, choice: str, n: int) -> tuple[AxisType, ...]:
+        if recipe is None or choice in ("I", "R"):
+            return (R if choice == "R" else I,) * n
+        return recipe.types(choice)[1]
+
+    def recipe(self, block: Block, op: Op) -> Recipe | None:
+        key = (block.name, op.id)
+        if key not in self.recipes:
+            self.recipes[key] = recipe_of(block, op)
+        return self.recipes[key]
+
+    def choose(self, block: Block, v: Variant, op: Op, recipe: Recipe | None, held: dict[int, AxisType | None]) -> str:
+        if recipe is None or op.whole or not op_outputs(block, op):
+            return "I"
+        arrivals = [Arrival(value, held.get(value.id, I)) for value in op_inputs(block, op)]
+        others = tuple(c or "I" for c in v.choices[op.id])
+
+        def legal(c: str) -> bool:
+            return c in ("I", "R") or fits(block, op, recipe, (*others[: self.axis], c, *others[self.axis + 1 :]), self.mesh)
+
+        return self.decide(recipe, arrivals, [c for c in offered(recipe, arrivals) if legal(c)], self.size)
