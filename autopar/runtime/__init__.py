@@ -2,7 +2,7 @@
 Must not import any stage of the compiler.
 """
 
-from autopar.runtime.axis import Axis
+from autopar.runtime.axis import Axis, Record, record
 from autopar.runtime.collectives import (
     i_to_p,
     i_to_r,
@@ -13,12 +13,34 @@ from autopar.runtime.collectives import (
     r_to_i,
     r_to_p,
     r_to_s,
-    record,
     s_to_i,
     s_to_p,
     s_to_r,
     s_to_s,
 )
+from autopar.runtime.functional import *
+from autopar.runtime.functional import __all__ as _functional
+from autopar.runtime.groups import fail_together, init, rank_mesh
+from autopar.runtime.guards import check_divisible, check_input, guard
 from autopar.runtime.inproc import run_ranks
+from autopar.runtime.mesh import RankMesh
+from autopar.runtime.module import Block, Holder, ParallelModule
+from autopar.runtime.placement import Placement
+from autopar.runtime.random import EXACT, exact_random, random_streams
+from autopar.runtime.reader import SafetensorsReader
+from autopar.runtime.reducer import Reducer
 
-__all__ = [n for n in dir() if not n.startswith("_")]
+__all__ = [
+    "Holder",
+    "ParallelModule",
+    "Record",
+    "check_input",
+    "exact_random",
+    "fail_together",
+    "guard",
+    "init",
+    "random_streams",
+    "rank_mesh",
+    "record",
+    *_functional,
+]

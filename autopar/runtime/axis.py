@@ -94,13 +94,13 @@ def _note(name: str, axis: Axis, t: torch.Tensor) -> None:
 
 def _raw(t: torch.Tensor) -> torch.Tensor:
     """A view of t in a type that every transport moves. Only for collectives that copy."""
-    return t.view(torch.uint8) if t.dtype == torch.bool or t.dtype.itemsize == 1 and t.dtype.is_floating_point else t
+    return t.view(torch.uint8) if t.dtype == torch.bool or (t.dtype.itemsize == 1 and t.dtype.is_floating_point) else t
 
 
 class Axis:
     """This rank's place on one mesh axis, and raw collectives along it. Each returns a new contiguous tensor without a gradient."""
 
-    __slots__ = ("name", "size", "rank", "comm", "world_rank")
+    __slots__ = ("comm", "name", "rank", "size", "world_rank")
 
     def __init__(self, name: str, size: int, rank: int, comm: Comm | None, world_rank: int = 0):
         assert 0 <= rank < size and (size == 1 or comm is not None), (name, size, rank, comm)

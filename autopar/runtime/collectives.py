@@ -15,8 +15,21 @@ from torch import Tensor
 from autopar.runtime.axis import Axis, Record, record
 
 __all__ = [
-    "i_to_r", "p_to_i", "p_to_r", "p_to_s", "s_to_r", "s_to_i", "i_to_s", "r_to_s", "s_to_s", "r_to_i", "i_to_p", "r_to_p", "s_to_p",
-    "Record", "record",
+    "Record",
+    "i_to_p",
+    "i_to_r",
+    "i_to_s",
+    "p_to_i",
+    "p_to_r",
+    "p_to_s",
+    "r_to_i",
+    "r_to_p",
+    "r_to_s",
+    "record",
+    "s_to_i",
+    "s_to_p",
+    "s_to_r",
+    "s_to_s",
 ]  # fmt: skip
 
 

@@ -147,9 +147,7 @@ class World:
                 missing = [str(m) for m, c in calls.items() if c is None or c.group != r.call.group]
                 what = f"waits in {r.call}" + (f" for rank {', '.join(missing)}" if missing else "")
             elif r.index == self.running:
-                frame = sys._current_frames().get(r.thread.ident) if r.thread else None
-                inner = next((f for f in reversed(traceback.extract_stack(frame)) if "autopar/runtime" not in f.filename), None) if frame else None
-                what = "is running" + (f", at {inner.filename}:{inner.lineno} in {inner.name}" if inner else "")
+                what = "is running" + _place(r.thread)
             else:
                 what = "is ready to run"
             lines.append(f"  rank {r.index}: {what} (after {r.count} collectives)")
@@ -163,6 +161,14 @@ class World:
                 raise _Stopped
         with torch.no_grad():
             _MOVES[first.name](calls)
+
+
+def _place(thread: threading.Thread | None) -> str:
+    """Where a thread is, outside of this package."""
+    frame = sys._current_frames().get(thread.ident) if thread else None
+    stack = traceback.extract_stack(frame) if frame else []
+    inner = next((f for f in reversed(stack) if "autopar/runtime" not in f.filename), None)
+    return f", at {inner.filename}:{inner.lineno} in {inner.name}" if inner else ""
 
 
 def _all_reduce(calls: list[_Call]) -> None:
@@ -275,8 +281,9 @@ def run_ranks(
         _set_state(start)
         world.running = me
         try:
-            def connect(name: str, group: tuple[int, ...]) -> LocalComm:
-                return LocalComm(world, me, group, name)
+
+            def connect(name: str, groups: list[tuple[int, ...]]) -> LocalComm:
+                return LocalComm(world, me, next(g for g in groups if me in g), name)
 
             axes = RankMesh(pairs, me, units, connect, torch.device(device))
             # NB: on CUDA the engine would run backwards on its own thread, one for all ranks: it would wait for itself.

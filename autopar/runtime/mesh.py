@@ -1,5 +1,6 @@
 """RankMesh: the mesh as one rank sees it, a mapping from axis name to Axis; and the joint axes along which gradients are summed.
-Must not know which transport carries the messages: it is handed a function that connects a group.
+Must not know which transport carries the messages: it is handed a function that takes a label and all groups of one kind
+and connects this rank to its peers.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class RankMesh(dict[str, Axis]):
         axes: Sequence[tuple[str, int]],
         rank: int,
         units: int,
-        connect: Callable[[str, tuple[int, ...]], Comm],
+        connect: Callable[[str, list[tuple[int, ...]]], Comm],
         device: torch.device,
     ):
         super().__init__()
@@ -72,8 +73,9 @@ class RankMesh(dict[str, Axis]):
         """One Axis over several axes at once ('units' among them), its ranks in world order. NB: collective; all ranks call it alike."""
         names = tuple(n for n in (UNITS, *self.names) if n in names)
         if names not in self._joint:
-            mine = next(g for g in self.groups(names) if self.rank in g)
+            groups = self.groups(names)
+            mine = next(g for g in groups if self.rank in g)
             label = "+".join(names)
-            comm = self._connect(label, mine) if len(mine) > 1 else None
+            comm = self._connect(label, groups) if len(mine) > 1 else None
             self._joint[names] = Axis(label, len(mine), mine.index(self.rank), comm, self.rank)
         return self._joint[names]
