@@ -18,7 +18,7 @@ from autopar.runtime.collectives import (
     s_to_r,
     s_to_s,
 )
-from autopar.runtime.functional import *
+from autopar.runtime.functional import *  # noqa: F403
 from autopar.runtime.functional import __all__ as _functional
 from autopar.runtime.groups import fail_together, init, rank_mesh
 from autopar.runtime.guards import check_divisible, check_input, guard
@@ -31,16 +31,38 @@ from autopar.runtime.reader import SafetensorsReader
 from autopar.runtime.reducer import Reducer
 
 __all__ = [
+    "Axis",
+    "Block",
+    "EXACT",
     "Holder",
     "ParallelModule",
+    "Placement",
+    "RankMesh",
     "Record",
+    "Reducer",
+    "SafetensorsReader",
+    "check_divisible",
     "check_input",
     "exact_random",
     "fail_together",
     "guard",
+    "i_to_p",
+    "i_to_r",
+    "i_to_s",
     "init",
+    "p_to_i",
+    "p_to_r",
+    "p_to_s",
+    "r_to_i",
+    "r_to_p",
+    "r_to_s",
     "random_streams",
     "rank_mesh",
     "record",
+    "run_ranks",
+    "s_to_i",
+    "s_to_p",
+    "s_to_r",
+    "s_to_s",
     *_functional,
 ]

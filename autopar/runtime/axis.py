@@ -230,7 +230,8 @@ class DistComm:
 
     def reduce_scatter_into(self, t: torch.Tensor, stacked: torch.Tensor) -> None:
         out = torch.empty_like(t, device="cpu") if self.staged and t.is_cuda else t
-        dist.reduce_scatter_tensor(out, self._host(stacked), group=self.group)
+        # NB: gloo wants the input concatenated, not stacked.
+        dist.reduce_scatter_tensor(out, self._host(stacked).flatten(0, 1), group=self.group)
         if out is not t:
             t.copy_(out)
 
