@@ -128,7 +128,7 @@ def plan_from(
     Raises PlanError as resolve does.
     """
     written = Plan(mesh, {k: dict(v) for k, v in ops.items()}, {k: dict(v) for k, v in (params or {}).items()}, policy=policy)
-    return plan_of(graph, resolve_partial(graph, written, translate=read_choice))
+    return plan_of(graph, resolve_partial(graph, written, translate=read_choice), keep_i=True)
 
 
 def plan_of(graph: Graph, chosen: Resolved, *, keep_i: bool = False) -> Plan:

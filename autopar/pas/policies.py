@@ -4,6 +4,7 @@ Must not know how plans are resolved or lowered. A policy is a pure function (Gr
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -17,9 +18,10 @@ from autopar.ir.mesh import Mesh
 from autopar.pas.build import plan_of
 from autopar.pas.follow import cheapest, follow_resolved, keep_split
 from autopar.pas.plan import Plan
-from autopar.pas.resolve import Resolved, fits, recipe_of, resolve_partial
+from autopar.pas.resolve import Resolved, fits, recipe_of, resolve, resolve_partial
 from autopar.rules.recipe import Recipe
 
+logger = logging.getLogger(__name__)
 Policy = Callable[[Graph, ComputeConfig], Plan]
 Start = dict[str, dict[str, str]]
 RANDOM_SHARE = 0.25  # of the ops that are no matrix products, how many `tp` splits at random
@@ -107,6 +109,11 @@ def tp_axis(graph: Graph, chosen: Resolved, axis: str, config: ComputeConfig) ->
 
 def data_axis(graph: Graph, chosen: Resolved, axis: str, config: ComputeConfig) -> Resolved:
     """Fill one axis as `data` does: dim 0 of the inputs is the batch and is kept as far as the factors carry it."""
+    size = dict(chosen.plan.mesh.axes)[axis]
+    shapes = [graph.body.values[i].shape for i in graph.body.inputs]
+    if not any(s and s[0] % size == 0 for s in shapes):
+        logger.warning("policy 'data': no input has a batch (dim 0) that %s=%d divides (%s); nothing is split", axis, size, shapes)
+        return follow_resolved(graph, chosen, cheapest, axes=(axis,))
     return follow_resolved(graph, chosen, keep_split, axes=(axis,), start=batch_start(graph, (axis,)))
 
 
@@ -133,15 +140,23 @@ def mesh_policy(axes: Mapping[str, tuple[int, str | Policy]]) -> Policy:
                 chosen = AXIS_POLICIES[how](graph, chosen, axis, config)
             else:
                 inner = get_policy(how)(graph, replace(config, plan_ngpus=size, runtime_ngpus=size))
-                renamed = {k: {axis: c for c in v.values()} for k, v in inner.ops.items()}
-                params = {k: {axis: c for c in v.values()} for k, v in inner.params.items()}
-                open_ = {k: {a: c for a, c in v.items() if a != axis} for k, v in plan_of(graph, chosen, keep_i=True).ops.items()}
-                merged = {k: {**open_.get(k, {}), **renamed.get(k, {})} for k in [*open_, *renamed]}
-                chosen = resolve_partial(graph, replace(chosen.plan, ops=merged, params={**chosen.plan.params, **params}))
+                chosen = _merge(graph, chosen, resolve(graph, inner), axis)
         return plan_of(graph, chosen)
 
     policy.__name__ = "+".join(how if isinstance(how, str) else getattr(how, "__name__", "policy") for _, how in axes.values())
     return policy
+
+
+def _merge(graph: Graph, chosen: Resolved, inner: Resolved, axis: str) -> Resolved:
+    """A plan of one axis put in as the named axis of another."""
+    own, new = plan_of(graph, chosen, keep_i=True), plan_of(graph, inner, keep_i=True)
+    ops, params = dict(own.ops), dict(own.params)
+    for table, entries in ((ops, new.ops), (params, new.params)):
+        for key, entry in entries.items():
+            table[key] = table.get(key, {}) | {axis: c for c in entry.values()}  # noqa: B035  at most one
+    # NB: exact addresses correct what patterns take in by mistake (plan_of), so they must stay last.
+    ops = dict(sorted(ops.items(), key=lambda e: "*" not in e[0]))
+    return resolve_partial(graph, replace(chosen.plan, ops=ops, params=params))
 
 
 AXIS_POLICIES: dict[str, Callable[[Graph, Resolved, str, ComputeConfig], Resolved]] = {"tp": tp_axis, "data": data_axis}
