@@ -5,7 +5,7 @@ Must not know any op: the tables (elementwise.py, matmul.py, ...) are written wi
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -156,6 +156,8 @@ class Case:
         linear: Iterable[Iterable[str | int]] = (),
         partial_bias: Iterable[str] = (),
         inner: Iterable[str] = (),
+        positional: Iterable[str] = (),
+        nested: Iterable[str] = (),
         random: bool = False,
         flops: float = 0.0,
         matmul: bool = False,
@@ -163,6 +165,7 @@ class Case:
         """A recipe from one notation term per tensor argument, by argument name (a list for a list of tensors; None
         or '?' if not partitioned; arguments that are no tensor are passed over) and per output (one string serves
         all outputs of one shape). Groups of `linear` hold argument names or input positions; those not floating are dropped.
+        `inner` and `positional` set Factor.reduce='inner' and Factor.positional; `nested` is Recipe.inner.
         """
         terms: list[str] = ["?"] * len(self.inputs)
         for name, term in inputs.items():
@@ -172,12 +175,16 @@ class Case:
                 raise NoRule(f"{name}: {len(where)} tensors, {len(several)} terms")
             for i, t in zip(where, several, strict=False):
                 terms[i] = "?" if t is None else t
-        outs = [outputs or ""] * len(self.outputs) if isinstance(outputs, str) or outputs is None else ["?" if t is None else t for t in outputs]
+        if isinstance(outputs, str) or outputs is None:
+            outputs = [outputs] * len(self.outputs)
+        outs = ["?" if t is None else t for t in outputs]
         bound = combine(tuple(terms), tuple(outs)).bind(
             [v.shape for v in self.inputs], [v.shape for v in self.outputs], sizes, inner
         )
+        for name in positional:
+            bound.factors[name] = replace(bound.factors[name], positional=True)
         bias = tuple(i for n in partial_bias for i in self.positions(n))
-        return Recipe(bound.inputs, bound.outputs, bound.factors, self.groups(linear), bias, random, flops, matmul)
+        return Recipe(bound.inputs, bound.outputs, bound.factors, self.groups(linear), bias, frozenset(nested), random, flops, matmul)
 
     def groups(self, linear: Iterable[Iterable[str | int]]) -> tuple[tuple[int, ...], ...]:
         """Positions of linear groups, without those that hold integers or nothing at all."""
@@ -229,6 +236,7 @@ def divisor(recipe: Recipe, splits: Iterable[Split], dims: Any, dim: int) -> int
     """By how much the splits shorten a dim."""
     n = 1
     for s in splits:
-        if s.factor in recipe.factors and recipe.dim_of(dims, s.factor) == dim:
+        name, _ = recipe.parse(s.factor)
+        if name in recipe.factors and recipe.dim_of(dims, name) == dim:
             n *= s.size
     return n

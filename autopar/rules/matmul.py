@@ -109,12 +109,12 @@ def einsum(c: Case) -> Recipe:
     for part, v in zip(parts, c.inputs, strict=True):
         head, dots, tail = part.partition("...")
         hidden = len(v.shape) - len(head) - len(tail)
-        if hidden > rank and "..." in right or (dots and "..." not in right and hidden):
+        if (hidden > rank and "..." in right) or (dots and "..." not in right and hidden):
             raise NoRule("'...' is summed")
         names = [*head, *(f"e{rank - hidden + i}" for i in range(hidden)), *tail]
         row = []
         for n, s in zip(names, v.shape, strict=True):
-            mark = "^" if names.count(n) > 1 else "" if n in right or n[0] == "e" and len(n) > 1 else "+"
+            mark = "^" if names.count(n) > 1 else "" if n in right or (n[0] == "e" and len(n) > 1) else "+"
             row.append("1" if s == 1 else n + mark)
             sizes[n] = max(s, sizes.get(n, 1))
         terms.append(" ".join(row))

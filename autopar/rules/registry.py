@@ -17,7 +17,8 @@ A rule is one function from a `Case` (case.py: the call with its arguments bound
   literals or give up; `c.tensor("bias")` is the Value or None. To give up, raise NoRule or return None: the op is then replicated.
 - `c.make` takes notation terms (notation.py) per tensor argument by name, so calls by keyword in any order work.
   Build the terms from `c.inputs[i].shape` where they depend on shapes. `sizes=` gives the sizes of factors that the shapes
-  do not tell. `inner=("v",)` marks factors whose emitted form communicates by itself.
+  do not tell. `inner=("v",)` marks factors whose emitted form communicates by itself, `positional=` those whose local form
+  depends on which entries a rank holds, `nested=` those that may be split inside outer factors of the same dim (Recipe.inner).
 - never split what you cannot prove. The prover (prove.py) runs every legal factor on the samples of samples/*.py.
 
 If the local call differs from the global one, add the local form:
@@ -45,7 +46,7 @@ from autopar.rules.recipe import Emitted, Recipe, Split
 
 __all__ = ["NoRule", "Rule", "canonical", "divisor", "known_ops", "localise", "recipe_of", "rule"]
 
-TABLES = ("elementwise", "matmul")  # one line per author, to keep merges easy
+TABLES = ("elementwise", "matmul", "views", "indexing", "reduce", "create")
 RecipeFunction = Callable[[Case], Recipe | None]
 LocalFunction = Callable[[Case, Recipe, tuple[Split, ...]], Emitted]
 
@@ -141,8 +142,7 @@ def recipe_of(block: Block, op: Op, *, strict: bool = False) -> Recipe | None:
 def localise(block: Block, op: Op, recipe: Recipe, splits: tuple[Split, ...]) -> Emitted:
     """The local form of an op that the given axes split. Raises RuleError if a size is not divisible."""
     for s in splits:
-        f = recipe.factors.get(s.factor)
-        if f is None or not recipe.legal(s.factor):
+        if not recipe.legal(s.factor):
             raise RuleError(f"{op.id} ({op.src}): cannot be split on {s.factor!r}; it can on {recipe.choices(1) or 'nothing'}")
     found = find_rule(op.fn)
     if not splits or found is None or found.local_form is None:
