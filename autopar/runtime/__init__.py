@@ -29,6 +29,7 @@ from autopar.runtime.placement import Placement
 from autopar.runtime.random import EXACT, exact_random, random_streams
 from autopar.runtime.reader import SafetensorsReader
 from autopar.runtime.reducer import Reducer
+from autopar.runtime.structs import check_argument, check_structure, checkpoint, struct
 
 __all__ = [
     "Axis",
@@ -41,8 +42,11 @@ __all__ = [
     "Record",
     "Reducer",
     "SafetensorsReader",
+    "check_argument",
     "check_divisible",
     "check_input",
+    "check_structure",
+    "checkpoint",
     "exact_random",
     "fail_together",
     "guard",
@@ -64,5 +68,6 @@ __all__ = [
     "s_to_p",
     "s_to_r",
     "s_to_s",
+    "struct",
     *_functional,
 ]

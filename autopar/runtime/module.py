@@ -18,11 +18,17 @@ from autopar.runtime.reducer import BUCKET_MB, Reducer
 Reader = Callable[[str, tuple[slice, ...]], torch.Tensor]
 
 
-class Holder(nn.Module):
-    """A place in the tree of names: what the original had there is in the forward of the block around it."""
+class _Indexed(nn.Module):
+    """Names that are no identifiers, and elements of lists, by subscript: layers[3], layers[2:6]."""
 
-    def __getitem__(self, index: int | str) -> Any:
+    def __getitem__(self, index: int | str | slice) -> Any:
+        if isinstance(index, slice):
+            return list(self._modules.values())[index]
         return getattr(self, str(index))
+
+
+class Holder(_Indexed):
+    """A place in the tree of names: what the original had there is in the forward of the block around it."""
 
     def __iter__(self) -> Iterator[nn.Module]:
         return iter(self._modules.values())
@@ -31,7 +37,7 @@ class Holder(nn.Module):
         return len(self._modules)
 
 
-class Block(nn.Module):
+class Block(_Indexed):
     """Generated code for one region of the model. Tensors are declared under dotted original names, relative to the block."""
 
     guards = "error"  # what guards do: 'error' | 'warn' | 'off'
@@ -79,6 +85,10 @@ class Block(nn.Module):
         elif hasattr(parent, last):
             raise LayoutError(f"the model calls a submodule {name!r}, a name that generated modules use themselves; rename it")
         parent._modules[last] = block
+
+    @property
+    def device(self) -> torch.device:
+        return self.mesh.device
 
     def alias(self, name: str, of: str) -> None:
         """`name` is the same parameter as `of` (tied weights)."""
@@ -148,10 +158,6 @@ class ParallelModule(Block):
     def __init__(self, mesh: RankMesh):
         super().__init__(mesh)
         self._reducer: Reducer | None = None
-
-    @property
-    def device(self) -> torch.device:
-        return self.mesh.device
 
     def _blocks(self) -> Iterator[tuple[str, Block]]:
         for path, m in self.named_modules():
