@@ -28,6 +28,7 @@ from autopar.pas.policies import get_policy
 from autopar.trace import trace
 
 log = logging.getLogger("autopar")
+WEIGHTS = "weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -97,14 +98,13 @@ def compile_to(
     compiled = compile_module(module, dummy_forward_args, pas_policy, config, graph=old)
 
     def fill(tmp: Path) -> None:
-        weights = folder / WEIGHTS
         if old is not None:
             for name in ("graph.json", "constants.safetensors", WEIGHTS):
                 if (folder / name).exists():
                     shutil.copy2(folder / name, tmp / name)
         else:
             save_graph(compiled.graph, tmp)
-            save_weights(module, compiled.graph, tmp / weights.name)
+            save_weights(module, compiled.graph, tmp / WEIGHTS)
         compiled.plan.save(tmp / "plan.json")
         for name, text in compiled.texts.items():
             (tmp / name).write_text(text)
@@ -113,15 +113,13 @@ def compile_to(
     return folder
 
 
-WEIGHTS = "weights.safetensors"
-
-
 def save_weights(module: nn.Module, graph: Graph, path: Path) -> None:
-    """The initial values of every parameter and buffer under its original name; nothing for tensors on the meta device."""
+    """The initial values of every parameter, buffer and traced constant by name; nothing for tensors on the meta device."""
     from safetensors.torch import save_file
 
     found = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
     values = {t.name: found[t.name].detach() for t in graph.tensors if t.kind != "constant" and not found[t.name].is_meta}
+    values |= graph.constants
     # NB: safetensors refuses tensors that share memory; expanded or sliced parameters are written out in full.
     save_file({k: v.cpu().contiguous().clone() for k, v in values.items()}, str(path))
 
