@@ -36,6 +36,7 @@ Put the file into TABLES, and sample calls into samples/<same name>.py.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 
 from autopar.errors import RuleError
@@ -43,10 +44,13 @@ from autopar.ir.graph import Block, Op
 from autopar.rules.case import Case, NoRule, divisor
 from autopar.rules.names import canonical
 from autopar.rules.recipe import Emitted, Recipe, Split
+from autopar.rules.training import at_run_time
 
 __all__ = ["NoRule", "Rule", "canonical", "divisor", "known_ops", "localise", "recipe_of", "rule"]
 
-TABLES = ("elementwise", "matmul", "views", "indexing", "reduce", "create")
+TABLES = ("elementwise", "matmul", "views", "indexing", "reduce", "create",
+    "embedding", "attention", "dropout", "losses", "conv", "pool", "gather", "whole",
+)  # fmt: skip
 RecipeFunction = Callable[[Case], Recipe | None]
 LocalFunction = Callable[[Case, Recipe, tuple[Split, ...]], Emitted]
 
@@ -144,6 +148,8 @@ def localise(block: Block, op: Op, recipe: Recipe, splits: tuple[Split, ...]) ->
     for s in splits:
         if not recipe.legal(s.factor):
             raise RuleError(f"{op.id} ({op.src}): cannot be split on {s.factor!r}; it can on {recipe.choices(1) or 'nothing'}")
+    args, kwargs = at_run_time(op)  # also where nothing is split
+    op = replace(op, args=args, kwargs=kwargs)
     found = find_rule(op.fn)
     if not splits or found is None or found.local_form is None:
         return Emitted(op.fn, op.args, op.kwargs)

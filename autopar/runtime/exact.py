@@ -19,18 +19,6 @@ from autopar.runtime import functional_random as ours
 from autopar.runtime import random as streams
 
 
-def _in_place(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """The op with torch's trailing `inplace` argument."""
-
-    def call(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
-        if inplace and input.requires_grad and input.is_leaf:
-            raise RuntimeError("a leaf tensor that requires a gradient is written in place")
-        out = fn(input, p, training)
-        return input.copy_(out) if inplace else out
-
-    return call
-
-
 def _dropout(input: Any, p: float = 0.5, train: bool = True) -> Any:
     return ours.dropout(input, p, train)
 
@@ -42,12 +30,12 @@ def _attention(
 
 
 REPLACED: dict[Any, Callable[..., Any]] = {
-    F.dropout: _in_place(ours.dropout),
-    F.dropout1d: _in_place(ours.dropout1d),
-    F.dropout2d: _in_place(ours.dropout2d),
-    F.dropout3d: _in_place(ours.dropout3d),
-    F.alpha_dropout: _in_place(ours.alpha_dropout),
-    F.feature_alpha_dropout: _in_place(ours.feature_alpha_dropout),
+    F.dropout: ours.dropout,
+    F.dropout1d: ours.dropout1d,
+    F.dropout2d: ours.dropout2d,
+    F.dropout3d: ours.dropout3d,
+    F.alpha_dropout: ours.alpha_dropout,
+    F.feature_alpha_dropout: ours.feature_alpha_dropout,
     torch.dropout: _dropout,
     torch.rand_like: ours.rand_like,
     torch.randn_like: ours.randn_like,

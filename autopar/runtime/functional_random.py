@@ -28,38 +28,42 @@ def _bernoulli(x: Tensor, shape: tuple[int, ...], keep: float, shards: Shards) -
     return take(torch.empty(whole_shape(shape, shards), dtype=x.dtype, device=x.device).bernoulli_(keep), shards)
 
 
-def dropout(x: Tensor, p: float = 0.5, training: bool = True, shards: Shards = ()) -> Tensor:
+def _times(x: Tensor, noise: Tensor, inplace: bool) -> Tensor:
+    return x.mul_(noise) if inplace else x * noise
+
+
+def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, shards: Shards = ()) -> Tensor:
     if not training or p == 0.0 or p == 1.0:
-        return F.dropout(x, p, training)
+        return F.dropout(x, p, training, inplace)
     if streams.EXACT:
-        return x * _bernoulli(x, tuple(x.shape), 1 - p, shards).div_(1 - p)
+        return _times(x, _bernoulli(x, tuple(x.shape), 1 - p, shards).div_(1 - p), inplace)
     with _different(shards):
-        return F.dropout(x, p, training)
+        return F.dropout(x, p, training, inplace)
 
 
-def _feature_dropout(fn: Any, x: Tensor, p: float, training: bool, shards: Shards, unbatched: int) -> Tensor:
+def _feature_dropout(fn: Any, x: Tensor, p: float, training: bool, inplace: bool, shards: Shards, unbatched: int) -> Tensor:
     """Whole channels are dropped: the noise has size 1 in every dim after the channel."""
     lead = 1 if x.dim() == unbatched else 2
     shards = tuple(s for s in shards if s[0] < lead)
     if not training or p == 0.0 or p == 1.0:
-        return fn(x, p, training)
+        return fn(x, p, training, inplace)
     if streams.EXACT:
         shape = tuple(x.shape[:lead]) + (1,) * (x.dim() - lead)
-        return x * _bernoulli(x, shape, 1 - p, shards).div_(1 - p)
+        return _times(x, _bernoulli(x, shape, 1 - p, shards).div_(1 - p), inplace)
     with _different(shards):
-        return fn(x, p, training)
+        return fn(x, p, training, inplace)
 
 
-def dropout1d(x: Tensor, p: float = 0.5, training: bool = True, shards: Shards = ()) -> Tensor:
-    return _feature_dropout(F.dropout1d, x, p, training, shards, 2)
+def dropout1d(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, shards: Shards = ()) -> Tensor:
+    return _feature_dropout(F.dropout1d, x, p, training, inplace, shards, 2)
 
 
-def dropout2d(x: Tensor, p: float = 0.5, training: bool = True, shards: Shards = ()) -> Tensor:
-    return _feature_dropout(F.dropout2d, x, p, training, shards, -1)  # NB: torch takes 3 dims as (N, C, L)
+def dropout2d(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, shards: Shards = ()) -> Tensor:
+    return _feature_dropout(F.dropout2d, x, p, training, inplace, shards, -1)  # NB: torch takes 3 dims as (N, C, L)
 
 
-def dropout3d(x: Tensor, p: float = 0.5, training: bool = True, shards: Shards = ()) -> Tensor:
-    return _feature_dropout(F.dropout3d, x, p, training, shards, 4)
+def dropout3d(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, shards: Shards = ()) -> Tensor:
+    return _feature_dropout(F.dropout3d, x, p, training, inplace, shards, 4)
 
 
 def _alpha(x: Tensor, noise: Tensor, p: float) -> Tensor:
@@ -69,20 +73,24 @@ def _alpha(x: Tensor, noise: Tensor, p: float) -> Tensor:
     return x * (noise * a) + ((noise - 1) * (alpha * a) + alpha * a * p)
 
 
-def alpha_dropout(x: Tensor, p: float = 0.5, training: bool = False, shards: Shards = ()) -> Tensor:
+def alpha_dropout(x: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False, shards: Shards = ()) -> Tensor:
     if streams.EXACT and training and 0 < p < 1:
-        return _alpha(x, _bernoulli(x, tuple(x.shape), 1 - p, shards), p)
+        return _written(x, _alpha(x, _bernoulli(x, tuple(x.shape), 1 - p, shards), p), inplace)
     with _different(shards):
-        return F.alpha_dropout(x, p, training)
+        return F.alpha_dropout(x, p, training, inplace)
 
 
-def feature_alpha_dropout(x: Tensor, p: float = 0.5, training: bool = False, shards: Shards = ()) -> Tensor:
+def feature_alpha_dropout(x: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False, shards: Shards = ()) -> Tensor:
     shards = tuple(s for s in shards if s[0] < 2)
     if streams.EXACT and training and 0 < p < 1:
         shape = tuple(x.shape[:2]) + (1,) * (x.dim() - 2)
-        return _alpha(x, _bernoulli(x, shape, 1 - p, shards), p)
+        return _written(x, _alpha(x, _bernoulli(x, shape, 1 - p, shards), p), inplace)
     with _different(shards):
-        return F.feature_alpha_dropout(x, p, training)
+        return F.feature_alpha_dropout(x, p, training, inplace)
+
+
+def _written(x: Tensor, out: Tensor, inplace: bool) -> Tensor:
+    return x.copy_(out) if inplace else out
 
 
 def rand_like(x: Tensor, shards: Shards = (), **options: Any) -> Tensor:
