@@ -224,20 +224,20 @@ class DistComm:
 
     def all_gather_into(self, stacked: torch.Tensor, t: torch.Tensor) -> None:
         out = torch.empty_like(stacked, device="cpu") if self.staged and t.is_cuda else stacked
-        dist.all_gather_into_tensor(out, self._host(t), group=self.group)
+        # NB: flat, here and below: NCCL takes stacked or concatenated, gloo the one or the other.
+        dist.all_gather_into_tensor(out.view(-1), self._host(t).view(-1), group=self.group)
         if out is not stacked:
             stacked.copy_(out)
 
     def reduce_scatter_into(self, t: torch.Tensor, stacked: torch.Tensor) -> None:
         out = torch.empty_like(t, device="cpu") if self.staged and t.is_cuda else t
-        # NB: gloo wants the input concatenated, not stacked.
-        dist.reduce_scatter_tensor(out, self._host(stacked).flatten(0, 1), group=self.group)
+        dist.reduce_scatter_tensor(out.view(-1), self._host(stacked).view(-1), group=self.group)
         if out is not t:
             t.copy_(out)
 
     def all_to_all_into(self, out: torch.Tensor, stacked: torch.Tensor) -> None:
         here = torch.empty_like(out, device="cpu") if self.staged and out.is_cuda else out
-        dist.all_to_all_single(here, self._host(stacked), group=self.group)
+        dist.all_to_all_single(here.view(-1), self._host(stacked).view(-1), group=self.group)
         if here is not out:
             out.copy_(here)
 
