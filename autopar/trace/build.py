@@ -4,7 +4,6 @@ Must not know how the trace was recorded, nor rules or plans. Which regions beco
 
 from __future__ import annotations
 
-import hashlib
 import keyword
 import re
 from collections import Counter
@@ -13,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from autopar.ir import graph as ir
+from autopar.ir.codec import tensor_digest
 from autopar.ir.graph import Argument, Block, Call, Context, Global, Graph, Guard, Op, Param, Ref, Source, Struct, Tensor, Value
 from autopar.trace.recording import Enter, Exit, RecordedGuard, RecordedOp, Recording
 from autopar.trace.regions import Flow, Item, Region, candidates, keep_repeated, relative, repeated, tidy
@@ -362,15 +362,6 @@ class _Builder:
         ids = lambda vs: tuple(local[v] for v in vs)  # noqa: E731
         block = Block(label[r.klass], r.cls, ids(r.ins), ids(outs), tuple(named), tuple(values), tuple(ops), r.recompute, instances)
         return block, local
-
-
-def tensor_digest(t: Any) -> str:
-    """Hex digest of a tensor's dtype, shape and bytes."""
-    import torch
-
-    t = t.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    head = f"{t.dtype}{tuple(t.shape)}".encode()
-    return hashlib.sha256(head + t.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def _walk(region: Region) -> Iterator[Region]:
