@@ -29,15 +29,20 @@ class FoundOp:
     count: int  # instances
 
     @property
+    def module(self) -> str:
+        """Path of the module that made the call, by the same pattern."""
+        return self.address.rpartition("/")[0]
+
+    @property
     def matmul_flops(self) -> float:
         """Forward matrix-multiply flops of all instances together."""
         return self.recipe.flops * self.count if self.recipe is not None and self.recipe.matmul else 0.0
 
 
-def find_ops(graph: Graph, pattern: str = "**", *, fn: str = "", matmul: bool = False) -> list[FoundOp]:
+def find_ops(graph: Graph, pattern: str = "**", *, fn: str = "", matmul: bool = False, missing_ok: bool = False) -> list[FoundOp]:
     """Ops of distinct blocks by address pattern, by the last part of the function's name, and by being a matrix product.
 
-    Raises PlanError if the pattern matches nothing.
+    Raises PlanError if the pattern matches nothing, unless missing_ok.
     """
     found, known = [], False
     trie = Trie()
@@ -53,7 +58,7 @@ def find_ops(graph: Graph, pattern: str = "**", *, fn: str = "", matmul: bool = 
                 recipe = recipe_of(b, op)
                 if not matmul or (recipe is not None and recipe.matmul):
                     found.append(FoundOp(address(b.address, op.id), b, op, recipe, max(1, len(b.instances))))
-    if not known:
+    if not known and not missing_ok:
         raise PlanError(f"pattern {pattern!r} matches no op of this graph; {nearest(pattern, addresses(graph))}")
     return found
 
