@@ -15,10 +15,39 @@ from autopar.ir.text import format_graph
 from autopar.trace.build import build
 
 LITERALS = [
-    None, True, 1, 0, -3, 2**70, 1.0, -0.0, 0.1, 1e-320, math.inf, -math.inf, 1j, complex(math.inf, -0.0), "text \u00e9 \"'\n", "", ..., torch.float32,
-    torch.bfloat16, torch.device("cuda", 1), torch.device("cpu"), torch.strided, torch.channels_last, slice(None, 3, Ref(2)), slice(Ref(1), None),
-    Global("autopar:device"), (1, (2, [3, {"a": Ref(0), 1: (None,)}])), [], (), {}, Struct("m:C", ("a", "b"), (Ref(1), None)), (1, True, 1.0),
-]  # fmt: skip
+    None,
+    True,
+    1,
+    0,
+    -3,
+    2**70,
+    1.0,
+    -0.0,
+    0.1,
+    1e-320,
+    math.inf,
+    -math.inf,
+    1j,
+    complex(math.inf, -0.0),
+    "text \u00e9 \"'\n",
+    "",
+    ...,
+    torch.float32,
+    torch.bfloat16,
+    torch.device("cuda", 1),
+    torch.device("cpu"),
+    torch.strided,
+    torch.channels_last,
+    slice(None, 3, Ref(2)),
+    slice(Ref(1), None),
+    Global("autopar:device"),
+    (1, (2, [3, {"a": Ref(0), 1: (None,)}])),
+    [],
+    (),
+    {},
+    Struct("m:C", ("a", "b"), (Ref(1), None)),
+    (1, True, 1.0),
+]
 
 
 @pytest.mark.parametrize("x", LITERALS, ids=repr)
@@ -58,7 +87,9 @@ def graph_with_constants():
     x = r.input()
     for name, t in CONSTANTS.items():
         dtype = str(t.dtype).removeprefix("torch.")
-        x = r.op(F + "f", x, r.tensor(name, tuple(t.shape), "constant", False, data=t, dtype=dtype), scale=float("inf"), dtype=torch.float16)
+        x = r.op(
+            F + "f", x, r.tensor(name, tuple(t.shape), "constant", False, data=t, dtype=dtype), scale=float("inf"), dtype=torch.float16
+        )
     return build(r.done({"y": x, "z": (x, None)}))
 
 

@@ -147,12 +147,13 @@ class Flow:
         self.order, self.items, self.define, self.home = [], [], {}, {}
         self.instances: dict[str, Instance] = {"": Instance("", None, 0)}
         self.calls: dict[str, list[Region]] = defaultdict(list)
+        self.foreign: set[str] = set()  # modules with a call that could not be a block
         self.root.reset(None)
         self.root.inst = self.instances[""]
         self._fill(self.root, self.root, Counter())
         self.order.append(self.root)
         parents = {p: {id(r.up.inst) for r in rs if r.up} for p, rs in self.calls.items()}
-        torn = [p for p, ups in parents.items() if len(ups) > 1]
+        torn = [p for p, ups in parents.items() if len(ups) > 1 or p in self.foreign]
         for path in torn:
             for r in self.calls[path]:
                 r.demote()
@@ -170,6 +171,7 @@ class Flow:
                     self.next[old] = new
                 continue
             if c.block and c.named and not (block.named and c.path and c.path != block.path and under(block.path, c.path)):
+                self.foreign.add(c.path)
                 c.demote()
             if not c.block:
                 self._fill(block, c, seen)
