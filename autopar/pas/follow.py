@@ -28,8 +28,27 @@ class Arrival:
     type: AxisType | None
 
 
-# decides an unnamed op on one axis: (the op's recipe, arrivals, choices that are legal and invent nothing, axis size) -> choice
-Decide = Callable[[Recipe, list[Arrival], list[str], int], str]
+@dataclass(frozen=True)
+class Want:
+    """A type that an op with a named choice requires of an output of the op in question."""
+
+    position: int
+    value: Value
+    type: AxisType
+
+
+@dataclass(frozen=True)
+class Question:
+    """An unnamed op on one axis: how its inputs arrive, what is wanted of its outputs, the choices that invent nothing."""
+
+    recipe: Recipe
+    arrivals: list[Arrival]
+    wants: list[Want]
+    choices: list[str]
+    size: int  # of the axis
+
+
+Decide = Callable[[Question], str]
 
 
 def follow(graph: Graph, plan: Plan, *, start: Mapping[str, Mapping[str, str]] | None = None) -> Plan:
@@ -51,44 +70,39 @@ def follow_resolved(
     return partial
 
 
-def cheapest(recipe: Recipe, arrivals: list[Arrival], choices: list[str], size: int) -> str:
-    """The choice whose inputs cost least to convert; a split before P, R and I where they cost the same."""
-    mesh = Mesh((("x", size),))
-    rank = {"I": 3, "R": 2}
+def cheapest(q: Question) -> str:
+    """The choice that costs least to convert to and, where the next op is named, from; a split before P, R and I in a tie."""
+    mesh = Mesh((("x", q.size),))
+    graded = {a.type for a in q.arrivals if a.value.grad}
+    # NB: without an R among the inputs, R only moves the all-reduce of an I -> R about; I is then the plainer program.
+    rank = {"I": 3, "R": 2 if R in graded else 4}
 
     def price(choice: str) -> tuple[float, int]:
-        total, seen = 0.0, set()
-        for a, t in zip(arrivals, recipe.types(choice)[0], strict=True):
-            if a.type is not None and (a.value.id, t) not in seen:
-                seen.add((a.value.id, t))
-                total += cost((a.type,), (replace(t, nest=0),), mesh, nbytes(a.value), grad=a.value.grad)
-        return float(f"{total:.9g}"), rank.get(choice, int(choice[:1] == "P"))
+        ins, outs = q.recipe.types(choice)
+        moves = {(a.value, a.type, replace(t, nest=0)) for a, t in zip(q.arrivals, ins, strict=True) if a.type is not None}
+        moves |= {(w.value, replace(outs[w.position], nest=0), replace(w.type, nest=0)) for w in q.wants}
+        total = sum(cost((src,), (dst,), mesh, nbytes(v), grad=v.grad) for v, src, dst in sorted(moves, key=repr))
+        return float(f"{total:.6g}"), rank.get(choice, int(choice[:1] == "P"))
 
-    return min(choices, key=price)
+    return min(q.choices, key=price)
 
 
-def keep_split(recipe: Recipe, arrivals: list[Arrival], choices: list[str], size: int) -> str:
+def keep_split(q: Question) -> str:
     """Keep what arrives sharded sharded whatever it costs; what carries no shard is R if it can be, so that gradients stay partial."""
-    splits = [c for c in choices if recipe.parse(c)[0] in recipe.factors]
+    splits = [c for c in q.choices if q.recipe.parse(c)[0] in q.recipe.factors]
     if splits:
-        return cheapest(recipe, arrivals, splits, size)
-    sharded = any(a.type is not None and a.type.kind == "S" for a in arrivals)
-    if (
-        "R" not in choices
-        and not sharded
-        and any(a.value.grad for a in arrivals)
-        and all(a.type in (None, R) or not a.value.grad for a in arrivals)
-    ):
-        return "R"
-    return cheapest(recipe, arrivals, choices, size)
+        return cheapest(replace(q, choices=splits))
+    graded = [a.type for a in q.arrivals if a.value.grad]
+    sharded = any(a.type is not None and a.type.kind == "S" for a in q.arrivals)
+    return "R" if graded and not sharded and set(graded) <= {R, None} else cheapest(q)
 
 
 def nbytes(v: Value) -> float:
     return float(max(1, prod(v.shape)) * ITEM.get(v.dtype, 4))
 
 
-def offered(recipe: Recipe, arrivals: list[Arrival]) -> list[str]:
-    """Choices that invent no split and no replication, most preferred first."""
+def offered(recipe: Recipe, arrivals: list[Arrival], wants: list[Want]) -> list[str]:
+    """Choices that invent no split, and no replication that the next op does not want."""
     out = []
     for i, a in enumerate(arrivals):
         if a.type is not None and a.type.kind == "S" and (c := recipe.choice_for(i, replace(a.type, nest=0))) is not None:
@@ -98,7 +112,7 @@ def offered(recipe: Recipe, arrivals: list[Arrival]) -> list[str]:
         if P in kinds and kinds <= {P, None}:
             out.append(f"P:{n}" if n else "P")
     graded = [a.type for a in arrivals if a.value.grad]
-    if R in graded and set(graded) <= {R, None}:
+    if (R in graded and set(graded) <= {R, None}) or any(w.type == R and w.value.grad for w in wants):
         out.append("R")
     return [*dict.fromkeys(out), "I"]
 
@@ -112,6 +126,7 @@ class _Walker:
         self.axis, self.size = self.mesh.index(axis), dict(self.mesh.axes)[axis]
         self.start = self._start(axis, start)
         self.recipes: dict[tuple[str, str], Recipe | None] = {}
+        self.wanted: dict[str, dict[int, list[AxisType]]] = {}
         self.done: dict[tuple[str, tuple], tuple[dict[str, str], tuple, list]] = {}
 
     def _start(self, axis: str, start: Mapping[str, Mapping[str, str]]) -> tuple[AxisType, ...]:
@@ -191,4 +206,21 @@ class _Walker:
         def legal(c: str) -> bool:
             return c in ("I", "R") or fits(block, op, recipe, (*others[: self.axis], c, *others[self.axis + 1 :]), self.mesh)
 
-        return self.decide(recipe, arrivals, [c for c in offered(recipe, arrivals) if legal(c)], self.size)
+        wants = [
+            Want(i, value, t)
+            for i, value in enumerate(op_outputs(block, op))
+            for t in dict.fromkeys(self.wants(block, v).get(value.id, ()))
+        ]
+        choices = [c for c in offered(recipe, arrivals, wants) if legal(c)]
+        return self.decide(Question(recipe, arrivals, wants, choices, self.size))
+
+    def wants(self, block: Block, v: Variant) -> dict[int, list[AxisType]]:
+        """What the named ops of a variant require of each value on this axis."""
+        if v.name not in self.wanted:
+            table = self.wanted[v.name] = defaultdict(list)
+            for op in block.ops:
+                choice = v.choices[op.id][self.axis] if isinstance(op, Op) else ""
+                if choice and (recipe := self.recipe(block, op)) is not None:
+                    for value, t in zip(op_inputs(block, op), recipe.types(choice)[0], strict=True):
+                        table[value.id].append(replace(t, nest=0))
+        return self.wanted[v.name]
