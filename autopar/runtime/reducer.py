@@ -83,14 +83,16 @@ class Reducer:
             counts.fill_(1)
         else:
             counts.copy_(torch.tensor(have, dtype=like.dtype))
-        torch._foreach_copy_([v for v, h in zip(views, have, strict=True) if h], [p.grad for p in params if p.grad is not None])
-        if not all(have):
-            torch._foreach_zero_([v for v, h in zip(views, have, strict=True) if not h])
-        bucket.axis.all_reduce_(flat)
-        mine = [(p, v) for p, v, h in zip(params, views, have, strict=True) if h]
+        mine = [(p.grad, v) for p, v in zip(params, views, strict=False) if p.grad is not None]
+        grads, places = [g for g, _ in mine], [v for _, v in mine]
         if mine:
-            torch._foreach_copy_([p.grad for p, _ in mine], [v for _, v in mine])
+            torch._foreach_copy_(places, grads)
+        if not all(have):
+            torch._foreach_zero_([v for v, h in zip(views, have, strict=False) if not h])
+        bucket.axis.all_reduce_(flat)
+        if mine:
+            torch._foreach_copy_(grads, places)
         if not all(have):  # NB: reads from the device, so only where it is needed
-            for p, v, h, total in zip(params, views, have, counts.tolist(), strict=True):
+            for p, v, h, total in zip(params, views, have, counts.tolist(), strict=False):
                 if not h and total:
                     p.grad = v.clone()
