@@ -322,6 +322,7 @@ DEAD = {
     "write to an input": (written_input, ["add_", "ones"]),
     "dropout": (random(F + "dropout"), ["dropout"]),
     "rand": (random("torch.rand_like"), ["rand_like"]),
+    "normal_": (random("torch.Tensor.normal_"), ["normal_"]),
     "bernoulli": (random("torch.bernoulli"), ["bernoulli"]),
     "attention with dropout": (random(F + "scaled_dot_product_attention", dropout_p=0.5), ["scaled_dot_product_attention"]),
     "attention without": (random(F + "scaled_dot_product_attention", dropout_p=0.0), []),

@@ -10,8 +10,12 @@ from recorder import F, Recorder
 
 from autopar.errors import SavedirError
 from autopar.ir.codec import decode, encode, graph_fingerprint, graph_from_json, graph_to_json, load_graph, save_graph
-from autopar.ir.graph import Global, Ref, Struct
+from autopar.ir.graph import Global, Param, Ref, Source, Struct
+from autopar.ir.mesh import Mesh
 from autopar.ir.text import format_graph
+from autopar.ir.types import I, R, S
+from autopar.lower.program import Convert, Local, LoweredBlock, Program, TypedValue
+from autopar.pas.plan import Plan
 from autopar.trace.build import build
 
 LITERALS = [
@@ -181,3 +185,24 @@ def test_printed_graph():
         "  return %3",
     ]
     assert text.splitlines()[-6:] == expected
+
+
+def test_printed_program():
+    mesh = Mesh((("dp", 2), ("tp", 4)))
+    src = Source("/home/me/model.py", 12, "forward", "return self.fc(x)")
+    value = lambda i, name, *t: TypedValue(i, i, name, "tensor", (4, 8), "float32", True, t)  # noqa: E731
+    values = (value(0, "x", I, I), value(1, "weight", R, S(0)), value(2, "x", S(0), R), value(3, "y", S(0), S(1)))
+    body = (
+        Convert(0, 2, "dp", I, S(0), copy=True),
+        Local("fc/linear", F + "linear", (Ref(2), Ref(1)), {}, Ref(3), ("b", "n"), src, path="fc", divide=2, rng=("tp",)),
+    )
+    block = LoweredBlock("Model", "Model", (0,), (3,), (Param("fc.weight", 1, "param"),), values, body, instances=("",))
+    program = Program(mesh, "Model", {"Model": block}, (), Ref(3), Plan(mesh))
+    assert str(program).splitlines()[3:] == [
+        "block Model  # root, from Model",
+        "  input %0 x: f32[4,8]",
+        "  param %1 fc.weight: f32[4,8 @dp:R tp:S(0)]",
+        "  %2 x: f32[4,8 @dp:S(0) tp:R] = %0: I -> S(0) on dp [copy]",
+        "  %3 y: f32[4,8 @dp:S(0) tp:S(1)] = linear(%2, %1) [split dp:b tp:n, / 2, random per tp]  # fc  model.py:12",
+        "  return %3",
+    ]

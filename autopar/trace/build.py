@@ -19,8 +19,8 @@ from autopar.trace.regions import Flow, Item, Region, candidates, keep_repeated,
 
 # NB: removing a random call shifts the random stream for all calls after it, so these stay even if nobody uses the result.
 RANDOM = re.compile(
-    r"(feature_)?(alpha_)?dropout[123]?d?|native_dropout|rrelu|rand(n|int)?(_like)?|randperm|normal|bernoulli|multinomial|poisson|binomial"
-    r"|gumbel_softmax|fractional_max_pool[23]d"
+    r"(feature_)?(alpha_)?dropout[123]?d?|native_dropout|rrelu|rand(n|int)?(_like)?|randperm|bernoulli|multinomial|poisson|binomial"
+    r"|(log_|trunc_)?normal|uniform|random|exponential|geometric|cauchy|gumbel_softmax|fractional_max_pool[23]d"
 )
 NORMS = frozenset(["batch_norm", "instance_norm"])  # their running statistics are a matter of the op's own rule
 TENSORS = ("param", "buffer", "constant")
@@ -47,7 +47,7 @@ def is_random(op: RecordedOp) -> bool:
     name = short_name(op.fn)
     if name == "scaled_dot_product_attention":
         return (op.args[4] if len(op.args) > 4 else op.kwargs.get("dropout_p", 0.0)) != 0.0
-    return RANDOM.fullmatch(name) is not None
+    return RANDOM.fullmatch(name.removesuffix("_")) is not None
 
 
 def class_name(cls: str) -> str:
@@ -268,12 +268,15 @@ class _Builder:
 
     def _set_buffers(self, flow: Flow) -> None:
         """`self.buf = tensor` goes to the end of the innermost block that makes the tensor and has the buffer."""
+        if not self.rec.buffers_set:
+            return
+        makers = {v: item for item in flow.items for v in item.defs}
         for name, v in self.rec.buffers_set:
             v = self.same.get(v, v)
             block = flow.home.get(v, self.root)
             while block is not self.root and not (block.named and name.startswith(block.path + ".")):
                 block = block.up or self.root
-            maker = next((i for i in flow.items if v in i.defs), None)
+            maker = makers.get(v)
             src = maker.event.src if maker else Source("", 0, "", "")
             ctx = maker.event.ctx if maker and isinstance(maker.event, RecordedOp) else None
             op = RecordedOp(SET_BUFFER, (relative(block.path, name), Ref(v)), {}, None, src, ctx or Context(), effect=True)
