@@ -206,7 +206,7 @@ class Case:
         """The call with some arguments changed, each written in the form the user wrote it."""
         args, kwargs = list(self.op.args), dict(self.op.kwargs)
         for name, value in changed.items():
-            kind, at = self._where[name] or ("key", name)
+            kind, at = self._where.get(name) or ("key", name)
             if kind == "rest":
                 args[at:] = value
             elif kind == "arg":

@@ -7,7 +7,7 @@ from __future__ import annotations
 from autopar.rules.case import Case, NoRule
 from autopar.rules.recipe import Emitted, Recipe, Split
 from autopar.rules.registry import rule
-from autopar.rules.terms import axes_on, one_or_tuple, positional, term
+from autopar.rules.terms import axes_on, one_or_tuple, term
 
 
 @rule("embedding", args="input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False")
@@ -17,8 +17,7 @@ def embedding(c: Case) -> Recipe:
     if c["max_norm"] is not None or c["scale_grad_by_freq"] or c["sparse"] or len(c.inputs) != 2:
         return c.unsplit()  # they look at the whole weight or at all ids
     ids = term(c.tensor("input").shape, "i")
-    recipe = c.make({"input": ids, "weight": "v+ e"}, f"{ids} e", linear=[("weight",)])
-    return positional(recipe, "v")
+    return c.make({"input": ids, "weight": "v+ e"}, f"{ids} e", linear=[("weight",)], positional=["v"])
 
 
 @embedding.local

@@ -9,7 +9,7 @@ from typing import Any
 from autopar.rules.case import Case, NoRule
 from autopar.rules.recipe import Emitted, Recipe, Split
 from autopar.rules.registry import rule
-from autopar.rules.terms import aligned, axes_on, one_or_tuple, positional, split_by
+from autopar.rules.terms import aligned, axes_on, one_or_tuple, split_by
 
 
 def reduction(c: Case) -> str:
@@ -57,8 +57,8 @@ def cross_entropy(c: Case) -> Recipe:
     out = marked(rest, how)
     dims = {n: m for n, m in zip(rest.split(), out.split(), strict=True)}
     full = " ".join(dims.get(n, n) for n in full.split())
-    recipe = c.make({"input": full, "target": full if prob else out, "weight": "c"}, result(how, rest), inner=("c",))
-    return positional(recipe, "c")
+    terms = {"input": full, "target": full if prob else out, "weight": "c"}
+    return c.make(terms, result(how, rest), inner=["c"], positional=["c"])
 
 
 @cross_entropy.local

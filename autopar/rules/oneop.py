@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from autopar.ir.graph import AxisRef, Block, Op, Ref, Source, Struct, Value, op_outputs
+from autopar.ir.graph import AxisRef, Block, Op, Ref, Source, Struct, Value, op_outputs, refs
 from autopar.rules.recipe import Scaled, TrainingOnly
 
 functions: dict[str, Any] = {}  # qualified name -> function of ops registered by users, also those defined inside functions
@@ -23,6 +23,13 @@ class Scalar:
     """A number that is a run-time scalar of the block, not a literal."""
 
     value: int | float
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A floating tensor that carries no gradient: a class weight, a running statistic."""
+
+    value: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -83,19 +90,30 @@ def one_op(fn: str, *args: Any, **kwargs: Any) -> OneOp:
     bound: dict[int, Any] = {}
 
     def add(x: Any, name: str) -> Ref:
+        constant = isinstance(x, Constant)
+        x = x.value if isinstance(x, (Constant, Scalar)) else x
         tensor = isinstance(x, torch.Tensor)
         dtype = str(x.dtype).removeprefix("torch.") if tensor else type(x).__name__
-        grad = tensor and (x.is_floating_point() or x.is_complex())
+        grad = tensor and not constant and (x.is_floating_point() or x.is_complex())
         values.append(Value(len(values), name, "tensor" if tensor else "scalar", tuple(x.shape) if tensor else (), dtype, grad))
         bound[values[-1].id] = x
         return Ref(values[-1].id)
 
     def refer(x: Any) -> Any:
-        return add(x.value if isinstance(x, Scalar) else x, f"x{len(values)}") if isinstance(x, (Scalar, torch.Tensor)) else x
+        return add(x, f"x{len(values)}") if isinstance(x, (Scalar, Constant, torch.Tensor)) else x
 
     spec_args, spec_kwargs = _map(args, refer), _map(kwargs, refer)
     inputs = tuple(bound)
-    plain = _map((args, kwargs), lambda x: x.value if isinstance(x, Scalar) else x.clone() if isinstance(x, torch.Tensor) else x)
+    given: dict[int, Any] = {}
+
+    def plainly(x: Any) -> Any:
+        if isinstance(x, (Scalar, Constant, torch.Tensor)):
+            i = inputs[len(given)]
+            given[i] = bound[i].clone() if values[i].is_tensor else bound[i]
+            return given[i]
+        return x
+
+    plain = _map((args, kwargs), plainly)
     result = resolve(fn)(*plain[0], **plain[1])
     before = len(values)
     writes: tuple[tuple[int, int], ...] = ()
@@ -106,6 +124,10 @@ def one_op(fn: str, *args: Any, **kwargs: Any) -> OneOp:
         out: Any = None if result is None else new
     else:
         out = _map(tuple(result) if isinstance(result, tuple) else result, lambda x: add(x, "y") if isinstance(x, torch.Tensor) else x)
+        # Running statistics and the like: arguments that the call has changed.
+        for i in inputs:
+            if values[i].is_tensor and not torch.equal(given[i], bound[i]):
+                writes += ((i, add(Constant(given[i]), "y").id),)
     outputs = tuple(range(before, len(values)))
     for i in outputs:
         bound.pop(i)
@@ -141,6 +163,7 @@ def run(one: OneOp, fn: str, args: Any, kwargs: Any, values: dict[int, Any], axe
 
     result = resolve(fn)(*_map(args, fill), **_map(kwargs, fill))
     found = leaves(result) if one.op.out is not None else []
-    found += [values[old] for old, _ in one.op.writes if one.op.out is None]
+    made = {r.id for r in refs(one.op.out)}
+    found += [values[old] for old, new in one.op.writes if new not in made]
     assert len(found) == len(op_outputs(one.block, one.op)), "the local form returns another number of tensors"
     return found

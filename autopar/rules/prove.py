@@ -11,6 +11,7 @@ import itertools
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,11 +19,12 @@ import torch
 
 from autopar.errors import RuleError, VerifyError
 from autopar.ir.graph import AxisRef, op_inputs, op_outputs
-from autopar.ir.types import R, Type, dual, is_valid, with_nest
+from autopar.ir.types import Type, dual, is_valid, with_nest
 from autopar.rules.names import canonical
 from autopar.rules.oneop import OneOp, _map, run
 from autopar.rules.recipe import Emitted, Recipe, Split
 from autopar.rules.registry import localise, recipe_of
+from autopar.runtime.exact import exact
 
 Coords = tuple[int, ...]
 TOLERANCE = 1e-12
@@ -97,90 +99,89 @@ class Proof:
 class Whole:
     """An op run on whole tensors, with the gradients of its inputs for random gradients of its outputs."""
 
-    def __init__(self, one: OneOp, seed: int = 0) -> None:
+    def __init__(self, one: OneOp, seed: int = 0, random: bool = False) -> None:
+        self.random = random  # draws: run in exact mode, from one seed
         self.one, self.rng = one, torch.Generator().manual_seed(seed)
         self.ins, self.outs = op_inputs(one.block, one.op), op_outputs(one.block, one.op)
         values = {v.id: one.values[v.id] for v in self.ins}
-        self.out, self.seeds = self.forward(Emitted(one.op.fn, one.op.args, one.op.kwargs), values, None)
-        self.grads = self.backward(self.out, self.seeds)
-        self.out = [o.detach() for o in self.out]
+        out, leaves = self.forward(Emitted(one.op.fn, one.op.args, one.op.kwargs), values)
+        self.seeds = [torch.randn(o.shape, dtype=o.dtype, generator=self.rng) if o.requires_grad else None for o in out]
+        self.grads = backward(out, self.seeds, leaves)
+        self.out = [o.detach() for o in out]
 
-    def forward(self, form: Emitted, values: dict[int, torch.Tensor], seeds: Any, axes: Any = None) -> tuple[list, list]:
-        self.leaves = {i: v.detach().clone().requires_grad_(v.is_floating_point() or v.is_complex()) for i, v in values.items()}
+    def forward(self, form: Emitted, values: dict[int, torch.Tensor], axes: Any = None) -> tuple[list, dict]:
+        """Outputs, and the leaves that stand for the inputs."""
+        leaves = {i: v.detach().clone().requires_grad_(self.one.block.values[i].grad) for i, v in values.items()}
         # NB: clones, so that ops in place may write them.
-        given = {**self.one.values, **{i: v.clone() for i, v in self.leaves.items()}}
-        out = run(self.one, form.fn, form.args, form.kwargs, given, axes)
-        if form.divide != 1:
-            out = [o / form.divide for o in out]
-        if seeds is None:
-            seeds = [torch.randn(o.shape, dtype=o.dtype, generator=self.rng) if o.requires_grad else None for o in out]
-        return out, seeds
-
-    def backward(self, out: list[torch.Tensor], seeds: list[torch.Tensor | None]) -> dict[int, torch.Tensor]:
-        wanted = {i: v for i, v in self.leaves.items() if v.requires_grad}
-        pairs = [(o, g) for o, g in zip(out, seeds, strict=True) if g is not None and o.requires_grad]
-        if not pairs or not wanted:
-            return {i: torch.zeros_like(v) for i, v in wanted.items()}
-        for o, g in pairs:
-            if o.shape != g.shape:
-                raise VerifyError(f"a local output is {list(o.shape)}, its type says {list(g.shape)}")
-        found = torch.autograd.grad([o for o, _ in pairs], list(wanted.values()), [g for _, g in pairs], allow_unused=True)
-        return {i: torch.zeros_like(v) if g is None else g.detach() for (i, v), g in zip(wanted.items(), found, strict=True)}
+        given = {**self.one.values, **{i: v.clone() for i, v in leaves.items()}}
+        with exact() if self.random else nullcontext():
+            if self.random:
+                torch.manual_seed(0)
+            out = run(self.one, form.fn, form.args, form.kwargs, given, axes)
+        return [o / form.divide for o in out] if form.divide != 1 else out, leaves
 
     def error(self, recipe: Recipe, choice: tuple[str, ...], sizes: Coords) -> float:
-        """Largest error of outputs and input gradients under a choice. Raises VerifyError where ranks disagree."""
+        """Largest error of outputs and input gradients under a choice. Raises VerifyError where it is too large."""
         columns = [recipe.types(c) for c in choice]
         in_types = [with_nest(tuple(c[0][i] for c in columns)) for i in range(len(self.ins))]
         out_types = [with_nest(tuple(c[1][i] for c in columns)) for i in range(len(self.outs))]
         names = [f"a{i}" for i in range(len(sizes))]
-        splits = tuple(
-            Split(n, k, c) for n, k, c in zip(names, sizes, choice, strict=True) if recipe.parse(c)[0] in recipe.factors
-        )
+        axes = list(zip(names, sizes, choice, strict=True))
+        splits = tuple(Split(n, k, c) for n, k, c in axes if recipe.parse(c)[0] in recipe.factors)
         form = localise(self.one.block, self.one.op, recipe, splits)
         given = [distribute(self.one.values[v.id], t, sizes, self.rng) for v, t in zip(self.ins, in_types, strict=True)]
-        seeds = [
-            None if g is None else distribute(g, dual(t), sizes, self.rng) for g, t in zip(self.seeds, out_types, strict=True)
-        ]
+        seeds = [None if g is None else distribute(g, dual(t), sizes, self.rng) for g, t in zip(self.seeds, out_types, strict=True)]
+
+        def rank(at: Coords, axes: Any = None) -> tuple[list, dict]:
+            out, leaves = self.forward(form, {v.id: g[at] for v, g in zip(self.ins, given, strict=True)}, axes)
+            return [o.detach() for o in out], backward(out, [None if s is None else s[at] for s in seeds], leaves)
+
         ranks = list(itertools.product(*map(range, sizes)))
-
-        def one_rank(at: Coords, axes: Any) -> tuple[list, dict]:
-            values = {v.id: g[at] for v, g in zip(self.ins, given, strict=True)}
-            out, _ = self.forward(form, values, [])
-            return [o.detach() for o in out], self.backward(out, [None if s is None else s[at] for s in seeds])
-
-        def in_process(axes: Any, rank: int) -> tuple[list, dict]:
-            at = tuple(axes[n].rank for n in names)
-            values = {v.id: g[at] for v, g in zip(self.ins, given, strict=True)}
-            other = object.__new__(Whole)
-            other.__dict__.update(self.__dict__)
-            out, _ = other.forward(form, values, [], axes)
-            return [o.detach() for o in out], other.backward(out, [None if s is None else s[at] for s in seeds])
-
         if communicates(form):
             from autopar.runtime.inproc import run_ranks
 
-            results = dict(zip(ranks, run_ranks(tuple(zip(names, sizes, strict=True)), in_process), strict=True))
+            mesh = tuple(zip(names, sizes, strict=True))
+            found = run_ranks(mesh, lambda axes, _: rank(tuple(axes[n].rank for n in names), axes))
+            results = dict(zip(ranks, found, strict=True))
         else:
-            results = {at: one_rank(at, None) for at in ranks}
-        worst = 0.0
-        for j, t in enumerate(out_types):
-            both = combine({at: r[0][j] for at, r in results.items()}, t, sizes)
-            worst = max(worst, error(both, self.out[j]))
-            if worst > TOLERANCE:
-                raise VerifyError(f"output {j} of type {t[0] if len(t) == 1 else t} differs from the whole op by {worst:.1e}")
+            results = {at: rank(at) for at in ranks}
+        checks = [(f"output {j}", t, {at: r[0][j] for at, r in results.items()}, self.out[j]) for j, t in enumerate(out_types)]
         for v, t in zip(self.ins, in_types, strict=True):
             if v.id in self.grads:
-                both = combine({at: r[1][v.id] for at, r in results.items()}, dual(t), sizes)
-                worst = max(worst, error(both, self.grads[v.id]))
-                if worst > TOLERANCE:
-                    raise VerifyError(f"the gradient of input {v.name} ({t}) differs by {worst:.1e}")
+                checks.append((f"the gradient of {v.name}", dual(t), {at: r[1][v.id] for at, r in results.items()}, self.grads[v.id]))
+        worst = 0.0
+        for what, t, parts, whole in checks:
+            worst = max(worst, error(combine(parts, t, sizes), whole))
+            if worst > TOLERANCE:
+                raise VerifyError(f"{what}, held as {', '.join(map(repr, t))}, differs from the whole op's by {worst:.1e}")
         return worst
+
+
+def backward(out: list, seeds: list, leaves: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+    """Gradients of the leaves, zero where none flows."""
+    wanted = {i: v for i, v in leaves.items() if v.requires_grad}
+    pairs = [(o, g) for o, g in zip(out, seeds, strict=True) if g is not None and o.requires_grad]
+    for o, g in pairs:
+        if o.shape != g.shape:
+            raise VerifyError(f"a local output is {list(o.shape)}, its type says {list(g.shape)}")
+    if not pairs or not wanted:
+        return {i: torch.zeros_like(v) for i, v in wanted.items()}
+    found = torch.autograd.grad([o for o, _ in pairs], list(wanted.values()), [g for _, g in pairs], allow_unused=True)
+    return {i: torch.zeros_like(v) if g is None else g.detach() for (i, v), g in zip(wanted.items(), found, strict=True)}
 
 
 def communicates(form: Emitted) -> bool:
     found: list[Any] = []
     _map((form.args, form.kwargs), lambda x: found.append(x) if isinstance(x, AxisRef) else None)
     return form.fn.startswith("ap.") or bool(found)
+
+
+def draws_elsewhere(one: OneOp, recipe: Recipe, choice: tuple[str, ...], sizes: Coords) -> bool:
+    """Whether a random op is split, and not emitted in a form that knows exact mode."""
+    splits = tuple(
+        Split(f"a{i}", k, c) for i, (k, c) in enumerate(zip(sizes, choice, strict=True)) if recipe.parse(c)[0] in recipe.factors
+    )
+    return bool(splits) and not localise(one.block, one.op, recipe, splits).fn.startswith("ap.")
 
 
 def choices(recipe: Recipe, sizes: Coords) -> Iterator[tuple[str, ...]]:
@@ -205,11 +206,11 @@ def prove(one: OneOp, recipe: Recipe | None = None, meshes: Iterable[Coords] = (
     recipe = recipe_of(one.block, one.op, strict=True) if recipe is None else recipe
     if recipe is None:
         return []
-    whole, fn, out = Whole(one), one.op.fn, []
+    whole, fn, out = Whole(one, random=recipe.random), one.op.fn, []
     for sizes in meshes:
         for choice in choices(recipe, sizes):
-            if recipe.random and any(c in recipe.factors for c in choice):
-                continue  # shards draw other numbers: proven with the random streams of the runtime
+            if recipe.random and draws_elsewhere(one, recipe, choice, sizes):
+                continue  # shards draw other numbers, and the op has no exact form
             try:
                 out.append(Proof(fn, choice, sizes, whole.error(recipe, choice, sizes)))
             except (VerifyError, RuleError) as e:
@@ -227,42 +228,55 @@ class Row:
     samples: int = 0
     factors: int = 0
     proofs: list[Proof] = field(default_factory=list)
+    complaints: list[str] = field(default_factory=list)
     seconds: float = 0.0
+
+    def add(self, sample: Any) -> None:
+        start = time.perf_counter()
+        try:
+            one = sample.make()
+            recipe = recipe_of(one.block, one.op, strict=True)
+            legal = [n for n in recipe.factors if recipe.legal(n)] if recipe else []
+            if sample.splits is not None and sorted(legal) != sorted(sample.splits.split()):
+                self.complaints.append(f"{sample} can be split on {' '.join(legal) or 'nothing'}, should on {sample.splits or 'nothing'}")
+            proofs = prove(one, recipe)
+            self.complaints += [f"{sample}: {p}" for p in proofs if not p.ok]
+            self.proofs += proofs
+            self.factors += len(legal)
+        except Exception as e:
+            self.complaints.append(f"{sample}: {type(e).__name__}: {e}")
+        self.samples += 1
+        self.seconds += time.perf_counter() - start
 
 
 def prove_samples(only: Iterable[str] = ()) -> dict[str, Row]:
-    """Prove all samples (of the given canonical names)."""
+    """Prove all samples (of the given canonical names), by canonical name."""
     from autopar.rules.samples import samples
 
     rows: dict[str, Row] = {}
     wanted = set(only)
-    for make in samples():
-        if wanted and canonical(make.fn) not in wanted:
-            continue
-        start = time.perf_counter()
-        one = make()
-        row = rows.setdefault(canonical(make.fn), Row(canonical(make.fn)))
-        recipe = recipe_of(one.block, one.op, strict=True)
-        row.samples += 1
-        row.factors += sum(map(recipe.legal, recipe.factors)) if recipe else 0
-        row.proofs += prove(one, recipe)
-        row.seconds += time.perf_counter() - start
+    for sample in samples():
+        name = canonical(sample.fn)
+        if not wanted or name in wanted:
+            rows.setdefault(name, Row(name)).add(sample)
     return rows
 
 
 def main(names: list[str]) -> int:
-    rows = prove_samples(names)
-    print(f"{'op':28}{'samples':>8}{'factors':>8}{'choices':>8}{'failed':>7}{'seconds':>9}")
-    for r in sorted(rows.values(), key=lambda r: r.name):
-        print(f"{r.name:28}{r.samples:8}{r.factors:8}{len(r.proofs):8}{sum(not p.ok for p in r.proofs):7}{r.seconds:9.2f}")
-    bad = [p for r in rows.values() for p in r.proofs if not p.ok]
-    for p in bad[:40]:
-        print("FAILED", p)
-    total = (sum(getattr(r, n) for r in rows.values()) for n in ("samples", "factors", "seconds"))
-    n, f, s = total
-    count = sum(len(r.proofs) for r in rows.values())
-    print(f"{len(rows)} ops, {n} samples, {f} legal factors, {count} choices proven forward and backward, {len(bad)} failed, {s:.1f} s")
-    return bool(bad)
+    rows = sorted(prove_samples(names).values(), key=lambda r: r.name)
+    print(f"{'op':28}{'samples':>8}{'factors':>8}{'choices':>8}{'wrong':>7}{'seconds':>9}")
+    for r in rows:
+        print(f"{r.name:28}{r.samples:8}{r.factors:8}{len(r.proofs):8}{len(r.complaints):7}{r.seconds:9.2f}")
+    for line in (x for r in rows for x in r.complaints):
+        print("WRONG", line)
+    samples, factors, seconds = (sum(getattr(r, n) for r in rows) for n in ("samples", "factors", "seconds"))
+    proofs = [p for r in rows for p in r.proofs]
+    worst = max((p.error for p in proofs if p.ok), default=0.0)
+    print(
+        f"{len(rows)} ops, {samples} samples, {factors} legal factors, {len(proofs)} choices forward and backward, "
+        f"{sum(len(r.complaints) for r in rows)} wrong, largest error {worst:.1e}, {seconds:.1f} s"
+    )
+    return any(r.complaints for r in rows)
 
 
 if __name__ == "__main__":

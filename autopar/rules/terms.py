@@ -5,7 +5,6 @@ Must not know any op.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from autopar.ir.graph import AxisRef
@@ -26,12 +25,6 @@ def aligned(shape: Sequence[int], out: Sequence[int], prefix: str = "d", mark: s
     """The term of a tensor that broadcasts to `out`: names of the dims it lines up with from the right."""
     first = len(out) - len(shape)
     return " ".join("1" if n == 1 else f"{prefix}{first + i}{mark}" for i, n in enumerate(shape))
-
-
-def positional(recipe: Recipe, *names: str) -> Recipe:
-    """The recipe with factors whose local form depends on which entries a rank holds."""
-    found = {n: replace(f, positional=True) for n, f in recipe.factors.items() if n in names}
-    return replace(recipe, factors={**recipe.factors, **found})
 
 
 def axes_on(splits: Iterable[Split], recipe: Recipe, *names: str) -> tuple[AxisRef, ...]:
