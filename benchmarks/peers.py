@@ -6,9 +6,8 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-
 from llama import Llama
+from torch import Tensor, nn
 
 moved = {"bytes": 0}  # bytes put into collectives by the hand-written model
 
