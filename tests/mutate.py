@@ -539,7 +539,8 @@ def stale_copy(p: Program, rng: Random) -> Program | None:
     for b, n, x in items(p, (Local, Invoke)):
         for old, new in x.writes:
             o = b.values[old].origin
-            copies = [old, *(c.out for c in b.body[:n] if isinstance(c, Convert) and b.values[c.out].origin == o and c.out != old),
+            # NB: `old` itself is no stale copy, it is the variable that was written
+            copies = [*(c.out for c in b.body[:n] if isinstance(c, Convert) and b.values[c.out].origin == o and c.out != old),
                       *(c.value for c in b.body[:n] if isinstance(c, Convert) and c.out == old)]  # fmt: skip
             fit += [(b, n, new, i) for i in copies if any(rename(y, {new: -1}) != y for y in b.body[n + 1 :]) or new in b.outputs]
     if (got := pick(fit, rng)) is None:
@@ -551,8 +552,8 @@ def stale_copy(p: Program, rng: Random) -> Program | None:
 @mutation
 def write_to_a_copy(p: Program, rng: Random) -> Program | None:
     """A conversion chain to another type and back is put before a write in place: the copy is written."""
-    fit = [(b, n, x, k) for b, n, x in items(p, Local) for k, _ in enumerate(x.writes) if p.mesh.axes and b.values[x.writes[k][0]].type[0] == I
-           and any(q.value == x.writes[k][0] for q in b.params)]  # fmt: skip
+    fit = [(b, n, x, k) for b, n, x in items(p, Local) for k, _ in enumerate(x.writes)
+           if p.mesh.axes and b.values[x.writes[k][0]].type[0] == I and any(q.value == x.writes[k][0] for q in b.params)]  # fmt: skip
     if (got := pick(fit, rng)) is None:
         return None
     b, n, x, k = got

@@ -17,7 +17,8 @@ What is proven, and how an ambiguous contract is read here (check_block.py: one 
 - `copy` is demanded of a Convert whose result, a view or a later version of it is written in place, here or in a called block;
   it is harmless elsewhere.
 - Every tensor of the graph has exactly one placement, R, I or S, and every block that uses the tensor reads it in that type.
-- Choices need not be those of the plan: they need to be legal. Which block serves which instance follows from the calls.
+- Choices need not be those of the plan: they need to be legal. Which block serves which instance follows from the calls; all calls
+  of one module instance go to one block.
 """
 
 from __future__ import annotations
@@ -85,6 +86,11 @@ def _instances(s: Shared, root: LoweredBlock) -> None:
                 s.errors.append(f"{low.name}: {name} is {show(v.type)} here but placed {show(placed[t.name])}")
         # NB: the second call of one module instance is 'layer#1'
         todo += [(s.program.blocks[i.block], join(path, i.id.partition("#")[0])) for i in low.body if isinstance(i, Invoke)]
+    owner: dict[str, str] = {}
+    for name, paths in found.items():
+        for path in sorted(paths):
+            if owner.setdefault(path, name) != name:
+                s.errors.append(f"program: module {path!r} is both a {owner[path]} and a {name}; its tensors would be held twice")
     for low in s.program.blocks.values():
         if set(low.instances) != found[low.name]:
             s.errors.append(f"{low.name}: says its instances are {sorted(low.instances)}, but it is called as {sorted(found[low.name])}")
