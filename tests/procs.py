@@ -6,6 +6,7 @@ NB: fork after importing torch, one thread per child: a child that uses OpenMP t
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import pickle
 import signal
@@ -60,6 +61,8 @@ def _child(fn: Callable, rank: int, n: int, port: int, folder: Path, timeout: fl
         os.dup2(out, 2)
         sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
         sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+        # A rank that hangs says where, just before it is killed.
+        faulthandler.dump_traceback_later(timeout * 0.9, file=2)
         torch.set_num_threads(1)
         os.environ.update(
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
