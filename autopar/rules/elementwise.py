@@ -55,7 +55,7 @@ def nonlinear(c: Case) -> Recipe:
 
 
 # NB: real and imag of a complex value are linear over the reals, which is all that adding addends needs.
-LINEAR = "neg positive clone contiguous detach alias conj conj_physical resolve_conj real imag deg2rad rad2deg zeros_like".split()  # noqa: SIM905
+LINEAR = "neg positive clone contiguous detach data conj conj_physical resolve_conj real imag deg2rad rad2deg zeros_like".split()  # noqa: SIM905
 
 
 @rule(*LINEAR)
@@ -135,9 +135,9 @@ def complex_(c: Case) -> Recipe:
     return broadcast(c, linear=[(0, 1)])
 
 
-@rule("polar", args="abs, angle")
+@rule("polar")
 def polar(c: Case) -> Recipe:
-    return broadcast(c, linear=[("abs",)])
+    return broadcast(c)  # NB: linear in abs, but torch's backward takes abs for positive, and addends are not
 
 
 @rule("view_as_complex", args="input")

@@ -138,6 +138,8 @@ def grouped_mm(c: Case) -> Recipe:
         wide[name] = f"({name}{'+' if name == 'k' else ''} {name}_{whole}^)" if size % whole == 0 else f"{name}^"
     sizes = {f"{n}_{whole}": whole for n in ("k", "n")}
     k, n = wide["k"], wide["n"]
+    if c.outputs[0].shape[-1] != b.shape[-1]:
+        raise NoRule("an unknown form")
     rows = {(2, 3): (f"t^ {k}", f"g^ {k} {n}", f"t^ {n}"), (3, 3): (f"g m {k}", f"g {k} {n}", f"g m {n}"), (2, 2): (None,) * 3}
     left, right, out = rows.get((len(a.shape), len(b.shape)), (None,) * 3)
     if left is None:

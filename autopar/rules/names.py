@@ -87,7 +87,9 @@ ALIASES = {
 @lru_cache(maxsize=8192)
 def canonical(fn: str) -> str:
     """The rule name of a qualified op name. Functions outside torch ('pkg.mod:f', 'apply:...') keep their own."""
-    if ":" in fn or fn.startswith(("torch.ops.", "ap.")):
+    if fn.startswith("torch.ops."):  # 'torch.ops.namespace.name.overload'
+        return ".".join(fn.split(".")[:4])
+    if ":" in fn or fn.startswith("ap."):
         return fn
     head, _, last = fn.removesuffix(".__get__").rpartition(".")
     if head == "operator":

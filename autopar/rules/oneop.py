@@ -85,7 +85,7 @@ def leaves(tree: Any) -> list[torch.Tensor]:
 
 
 def one_op(fn: str, *args: Any, **kwargs: Any) -> OneOp:
-    """Run a call and describe it as the tracer would. Every use of a tensor is a value of its own."""
+    """Run a call and describe it as the tracer would. Every use of a tensor is a value of its own; floating ones carry a gradient."""
     values: list[Value] = []
     bound: dict[int, Any] = {}
 

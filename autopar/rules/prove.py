@@ -39,11 +39,17 @@ def distribute(x: torch.Tensor, t: Type, sizes: Coords, rng: torch.Generator) ->
         d, outer = t[0].dim, t[0].outer
         parts = [p.flatten(d, d + 1) for p in x.unflatten(d, (outer, -1)).chunk(k, d + 1)]
     elif t[0].kind == "P":
-        parts = [torch.randn(x.shape, dtype=x.dtype, generator=rng) for _ in range(k - 1)]
+        parts = [noise(x, rng) for _ in range(k - 1)]
         parts.append(x - sum(parts))
     else:
         parts = [x] * k
     return {(r, *rest): v for r, p in enumerate(parts) for rest, v in distribute(p, t[1:], sizes[1:], rng).items()}
+
+
+def noise(like: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    """Random numbers; whole ones where the dtype is too short for 1e-12, so that samples of whole numbers are computed exactly."""
+    x = torch.randn(like.shape, dtype=torch.complex128 if like.is_complex() else torch.float64, generator=rng)
+    return x if like.dtype == x.dtype else (2 * x).round().to(like.dtype)
 
 
 def combine(parts: dict[Coords, torch.Tensor], t: Type, sizes: Coords) -> torch.Tensor:
@@ -70,7 +76,7 @@ def error(a: torch.Tensor, b: torch.Tensor) -> float:
         return 0.0
     if a.dtype == torch.bool:
         return 1.0
-    a, b = (torch.view_as_real(v).double() if v.is_complex() else v.double() for v in (a, b))
+    a, b = (torch.view_as_real(v.resolve_conj()).double() if v.is_complex() else v.double() for v in (a, b))
     same = (a == b) | (a.isnan() & b.isnan())
     diff = torch.where(same, 0.0, (a - b).abs()).max().item()
     scale = torch.where(b.isfinite(), b.abs(), 0.0).max().item()
@@ -105,7 +111,7 @@ class Whole:
         self.ins, self.outs = op_inputs(one.block, one.op), op_outputs(one.block, one.op)
         values = {v.id: one.values[v.id] for v in self.ins}
         out, leaves = self.forward(Emitted(one.op.fn, one.op.args, one.op.kwargs), values)
-        self.seeds = [torch.randn(o.shape, dtype=o.dtype, generator=self.rng) if o.requires_grad else None for o in out]
+        self.seeds = [noise(o, self.rng) if o.requires_grad else None for o in out]
         self.grads = backward(out, self.seeds, leaves)
         self.out = [o.detach() for o in out]
 

@@ -103,7 +103,7 @@ def _load() -> None:
 def find_rule(fn: str) -> Rule | None:
     """The rule of a qualified or canonical op name."""
     _load()
-    return _rules.get(canonical(fn)) or _rules.get(fn)
+    return _rules.get(fn) or _rules.get(canonical(fn))
 
 
 def known_ops() -> tuple[str, ...]:

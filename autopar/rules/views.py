@@ -86,7 +86,7 @@ def is_literal(x: Any) -> bool:
     return isinstance(x, int) and x > 0
 
 
-@rule("view", "reshape", "_unsafe_view", args="input|self, *shape|size")
+@rule("view", "reshape", args="input|self, *shape|size")
 def view(c: Case) -> Recipe:
     shape = c["shape"]
     if len(shape) != len(c.outputs[0].shape):
