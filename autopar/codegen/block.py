@@ -4,9 +4,11 @@ Must not know the classes around it (classes.py) nor the signature of the root (
 
 from __future__ import annotations
 
+import ast
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -96,7 +98,8 @@ class Forward:
         if code.statement or not fresh:
             self.add(code.text, src=src, **where)
             return
-        first = len(self.names.expressions)
+        self._make_way(i, fresh, section=where["section"])
+        code = self.printer.call(op.fn, op.args, op.kwargs)
         if isinstance(op.out, Ref):
             for factor, sign, wanted in ((op.divide, "/", bool(tensors)), (op.times, "*", not tensors)):
                 if factor != 1 and wanted:
@@ -113,7 +116,6 @@ class Forward:
                 factor, sign = (op.divide, "/") if v in tensors else (op.times, "*")
                 if factor != 1:
                     self.add(f"{self.names(v)} = {self.names(v)} {sign} {factor}", src=src, **where)
-        assert len(self.names.expressions) >= first
         self._remember(i, fresh)
 
     def _target(self, tree: Any, i: int, written: set[int], top: bool = True) -> tuple[str, list[str]]:
@@ -223,6 +225,30 @@ class Forward:
             section=self.sections[i],
         )
 
+    # -- the user's other names
+
+    def _make_way(self, i: int, values: Iterable[int], **where: Any) -> None:
+        """Where the user kept an old value under another name (`residual = hidden_states`), so does the generated code."""
+        for v in values:
+            if self.names.known(v):
+                continue
+            held = self.names.holder(identifier(self.value(v).name), i)
+            other = self._other_name(i, held) if held is not None else None
+            if held is not None and other is not None and not self.names.busy(other, i - 1) and self.names.loose(held):
+                self.add(f"{other} = {self.names(held)}", **where)
+                self.names.rebind(held, other)
+
+    def _other_name(self, i: int, held: int) -> str | None:
+        """What a later line of the user's program calls the value: the operand in its place of `residual + hidden_states`."""
+        name = self.names(held)
+        for item in self.items[i + 1 :]:
+            if not isinstance(item, Local) or len(item.args) < 2:
+                continue
+            for operand, arg in zip(operand_names(item.src.text), item.args, strict=False):
+                if isinstance(arg, Ref) and self.names.cell(arg.id) == held and operand not in ("", name):
+                    return operand
+        return None
+
     # -- notes
 
     def value(self, v: int) -> Any:
@@ -281,6 +307,20 @@ class Forward:
             self.add(f"del {', '.join(dead)}")
 
 
+@cache
+def operand_names(text: str) -> tuple[str, str]:
+    """The variables on both sides of a line's only binary operator, '' where a side is none; ('', '') for other lines."""
+    try:
+        tree = ast.parse(text)
+    except SyntaxError:
+        return "", ""
+    found = [n for n in ast.walk(tree) if isinstance(n, ast.BinOp)]
+    if len(found) != 1:
+        return "", ""
+    left, right = (s.id if isinstance(s, ast.Name) else "" for s in (found[0].left, found[0].right))
+    return left, right
+
+
 def type_note(t: Type, mesh: Mesh) -> str:
     """'S(2)' on a mesh of one axis, 'dp:S(0) tp:P' on several; axes of type I are left out."""
     shown = [(n, a) for n, a in zip(mesh.names, t, strict=False) if a.kind != "I"]
@@ -327,7 +367,12 @@ def _sections(items: list[Any]) -> list[str | None]:
     """The header each op stands under: its module, or the parent of a small leaf module (a linear, a dropout)."""
     paths = [x.path if isinstance(x, (Local, Guard)) else None for x in items]
     known = sorted({p for p in paths if p})
-    containers = {q for p in known for q in _prefixes(p)}
+    direct = set(known)
+    children: dict[str, set[str]] = {}
+    for p in known:
+        for q in _prefixes(p):
+            children.setdefault(q, set()).add(p[len(q) + 1 :].partition(".")[0])
+    containers = children.keys()
     out: list[str | None] = [None] * len(items)
     i = 0
     while i < len(items):
@@ -338,8 +383,11 @@ def _sections(items: list[Any]) -> list[str | None]:
         while j < len(items) and paths[j] in (paths[i], None):
             j += 1
         path = paths[i] or ""
-        count = sum(p is not None for p in paths[i:j])
-        section = path if path in containers or count > 2 else path.rpartition(".")[0]
+        section = path
+        if path not in containers and sum(p is not None for p in paths[i:j]) <= 2:
+            section = path.rpartition(".")[0]
+            while section and section not in direct and len(children[section]) == 1:  # a ModuleList or ModuleDict around one leaf
+                section = section.rpartition(".")[0]
         for k in range(i, j):
             out[k] = section if paths[k] is not None else None
         i = j

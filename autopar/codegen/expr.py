@@ -4,11 +4,13 @@ Must not know about blocks or statements order: names of values come from the ca
 
 from __future__ import annotations
 
+import inspect
 import keyword
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -148,6 +150,29 @@ def attribute(base: str, path: str) -> str:
     return base
 
 
+@cache
+def _defaults(fn: str) -> dict[str, Any]:
+    """Defaults of a function of torch.nn.functional, by name."""
+    if fn == "torch.nn.functional.linear":  # built in, without a signature
+        return {"bias": None}
+    try:
+        parameters = inspect.signature(getattr(torch.nn.functional, fn.rpartition(".")[2])).parameters
+    except (AttributeError, TypeError, ValueError):
+        return {}
+    return {n: p.default for n, p in parameters.items() if p.default is None or type(p.default) in (bool, int, float, str)}
+
+
+def without_defaults(fn: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Modules pass every argument of F.embedding or F.cross_entropy; a person writes those that are not the default."""
+    if not fn.startswith("torch.nn.functional."):
+        return args, kwargs
+    defaults = _defaults(fn)
+    if fn.endswith(".linear") and len(args) == 3 and args[2] is None:
+        args = args[:2]
+    same = lambda k, v: k in defaults and type(v) is type(defaults[k]) and v == defaults[k]  # noqa: E731
+    return args, {k: v for k, v in kwargs.items() if not same(k, v)}
+
+
 @dataclass
 class Printer:
     """Prints trees and calls of one block. `name` gives the expression of a value id, `axis` the attribute of a mesh axis."""
@@ -251,7 +276,7 @@ class Printer:
             return self._operator(fn.partition(".")[2], args, kwargs)
         if fn.startswith("autopar:"):
             return self._special(fn, args, kwargs)
-        return Code(f"{self._function(fn)}({self.arguments(args, kwargs)})")
+        return Code(f"{self._function(fn)}({self.arguments(*without_defaults(fn, args, kwargs))})")
 
     def arguments(self, args: Iterable[Any], kwargs: dict[str, Any]) -> str:
         named = [f"{k}={self.code(v).text}" for k, v in kwargs.items() if k.isidentifier() and not keyword.iskeyword(k)]

@@ -54,13 +54,13 @@ def print_body(stmts: Iterable[Stmt], indent: int) -> list[str]:
             if section is not None or s.section:
                 lines.append(f"{pad}# --- {s.section or 'self'}")
             section, line = s.section, None
+        if s.src is not None and s.src.line and (s.src.file, s.src.line) != line:
+            line = (s.src.file, s.src.line)
+            lines.append(_clip(f"{pad}# {where(s.src)}  {' '.join(s.src.text.split())}"))
         for scope in s.scopes[common:]:
             lines.append(f"{pad}{scope}")
             pad += "    "
         open_scopes = s.scopes
-        if s.src is not None and s.src.line and (s.src.file, s.src.line) != line:
-            line = (s.src.file, s.src.line)
-            lines.append(_clip(f"{pad}# {where(s.src)}  {' '.join(s.src.text.split())}"))
         lines += _fit(pad, s.text, s.note)
         lines += [f"{pad}    {inner}" for inner in s.body]
     return lines

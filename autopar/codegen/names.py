@@ -6,6 +6,7 @@ Versions of one tensor (in-place writes) share a *cell*; a cell has one variable
 
 from __future__ import annotations
 
+import builtins
 import keyword
 import math
 import re
@@ -24,7 +25,7 @@ def identifier(hint: str) -> str:
     name = re.sub(r"\W", "_", hint.rpartition(".")[2]).strip("_")
     if not name or name[0].isdigit():
         name = f"x_{name}" if name else "x"
-    return f"{name}_" if keyword.iskeyword(name) else name
+    return f"{name}_" if keyword.iskeyword(name) or hasattr(builtins, name) else name
 
 
 def uses(item: Any) -> Iterator[int]:
@@ -136,6 +137,7 @@ class Names:
         if self.known(value):
             return self(value)
         base = identifier(self.block.values[value].name)
+        base = base.lower() if base in self.reserved else base
         taken = set(avoid)
         candidates = [base] + ([f"{base}_{suffix}"] if suffix else [])
         n = 1
@@ -146,6 +148,21 @@ class Names:
                     return name
             candidates = [f"{base}_{n}"]
             n += 1
+
+    def rebind(self, value: int, name: str) -> None:
+        """Another variable for a value that has one."""
+        old = self(value)
+        if self._holders.get(old) == self.cell(value):
+            del self._holders[old]
+        self.bind(value, name)
+
+    def loose(self, value: int) -> bool:
+        """Whether the value's variable may be another one from here on: it is no attribute."""
+        return self(value).isidentifier()
+
+    def holder(self, name: str, index: int) -> int | None:
+        """The value (a cell) a variable holds that is read after item `index`."""
+        return self._holders[name] if name in self._holders and name not in self.reserved and self.busy(name, index) else None
 
     def scratch(self, hint: str, index: int) -> str:
         """A variable that holds no value of the block, such as that of a loop."""
