@@ -10,11 +10,11 @@ import torch
 
 BATCH, SEQ, VOCAB = 4, 24, 512
 
-CAUSAL = "gpt2 llama mistral qwen2 qwen3 gemma2 gemma3_text phi3 opt gpt_neox bloom falcon mixtral olmo2 mamba".split()
-MASKED = "bert roberta electra distilbert".split()
-SEQ2SEQ = "t5 bart".split()
-IMAGE = "vit deit swin convnext resnet dinov2 segformer".split()
-OTHER = "clip whisper".split()
+CAUSAL = "gpt2 llama mistral qwen2 qwen3 gemma2 gemma3_text phi3 opt gpt_neox bloom falcon mixtral olmo2 mamba".split()  # noqa: SIM905
+MASKED = ["bert", "roberta", "electra", "distilbert"]
+SEQ2SEQ = ["t5", "bart"]
+IMAGE = ["vit", "deit", "swin", "convnext", "resnet", "dinov2", "segformer"]
+OTHER = ["clip", "whisper"]
 ZOO = CAUSAL + MASKED + SEQ2SEQ + IMAGE + OTHER
 
 # One table of settings for all: each is applied where the configuration has such a field.
@@ -22,7 +22,8 @@ SETTINGS: dict[str, Any] = dict(
     vocab_size=VOCAB, hidden_size=64, d_model=64, n_embd=64, dim=64, embedding_size=64, word_embed_proj_dim=64,
     num_hidden_layers=2, n_layer=2, n_layers=2, num_layers=2, num_decoder_layers=2, encoder_layers=2, decoder_layers=2,
     num_attention_heads=8, n_head=8, n_heads=8, num_heads=8, encoder_attention_heads=8, decoder_attention_heads=8, num_key_value_heads=4,
-    num_kv_heads=4, head_dim=8, d_kv=8, intermediate_size=128, ffn_dim=128, d_ff=128, hidden_dim=128, encoder_ffn_dim=128, decoder_ffn_dim=128,
+    num_kv_heads=4, head_dim=8, d_kv=8, intermediate_size=128, ffn_dim=128, d_ff=128, hidden_dim=128, encoder_ffn_dim=128,
+    decoder_ffn_dim=128,
     max_position_embeddings=64, n_positions=64, max_source_positions=24, max_target_positions=64, num_mel_bins=16,
     num_local_experts=4, sliding_window=16, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
     image_size=32, patch_size=8, num_labels=12, state_size=8, time_step_rank=8,
