@@ -445,16 +445,22 @@ def times_missing(p: Program, rng: Random) -> Program | None:
 
 @mutation
 def same_random_numbers(p: Program, rng: Random) -> Program | None:
-    if (got := pick((y for y in items(p, Local) if y[2].rng), rng)) is None:
+    """Ranks that hold different shards draw the same numbers."""
+    fit = [(b, n, x) for b, n, x in items(p, Local) if x.rng or x.kwargs.get("shards")]
+    if (got := pick(fit, rng)) is None:
         return None
     b, n, x = got
-    return edit(p, b, n, replace(x, rng=x.rng[1:]))
+    kwargs = {**x.kwargs, "shards": x.kwargs["shards"][1:]} if x.kwargs.get("shards") else x.kwargs
+    return edit(p, b, n, replace(x, rng=x.rng[1:], kwargs=kwargs))
 
 
 @mutation
 def other_random_numbers(p: Program, rng: Random) -> Program | None:
     """Ranks that hold the same data draw different numbers."""
-    fit = [(b, n, x, a) for b, n, x in items(p, Local) for a in p.mesh.names if "dropout" in x.fn and x.training | True and a not in x.rng]
+    fit = []
+    for b, n, x in items(p, Local):
+        axes = {*x.rng, *(v.name for v in leaves(x.kwargs) if isinstance(v, AxisRef))}
+        fit += [(b, n, x, a) for a in p.mesh.names if "dropout" in x.fn and a not in axes]
     if (got := pick(fit, rng)) is None:
         return None
     b, n, x, a = got

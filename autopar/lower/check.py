@@ -7,15 +7,17 @@ What is proven, and how an ambiguous contract is read here (check_block.py: one 
   once and in the source's order. Reordering independent ops would be harmless but is not accepted.
 - Every lowered value holds one source value (`origin`). Whatever reads or makes it must stand where the source has that origin.
 - An op's input and output types follow from its choices by Recipe.types, shards numbered by with_nest. An op without a
-  recipe, or marked `whole`, is 'I' on every axis, except that an op that only reads sizes takes its input in any type.
+  recipe, or marked `whole`, is 'I' on every axis, except that an op that only reads sizes takes its input in any type
+  and what is set into a buffer has the type the buffer is placed in.
 - R and I are told apart only where a gradient can flow: the value carries one, the op ran in grad mode and some output carries one.
 - Where an op uses one value at two positions, each position is checked by itself.
-- Scalars are the same on every rank: type I.
+- Scalars are the same on every rank: type I, or no type at all.
 - After an in-place write, values of the old version are stale in every type; a use is an error. Versions that share storage in
   the source (views of one tensor) must be written through one lowered variable, the module's own tensors directly and not as a
-  converted copy. What is set or written into a buffer has the type the buffer is placed in.
-- `copy` is demanded of a Convert whose result, a view or a later version of it is written in place, here or in a called block;
-  it is harmless elsewhere.
+  converted copy.
+- `copy` is demanded of a Convert that may not make a new tensor (nothing, slice, keep, an axis of size 1) if its result, a view or
+  a later version of it is written in place, here or in a called block; it is harmless elsewhere.
+- A split random op needs `rng`, all axes that split it, unless its local form is a function of the runtime, which draws by itself.
 - Every tensor of the graph has exactly one placement, R, I or S, and every block that uses the tensor reads it in that type.
 - Choices need not be those of the plan: they need to be legal. Which block serves which instance follows from the calls; all calls
   of one module instance go to one block.
@@ -117,6 +119,6 @@ def _interface(s: Shared, root: LoweredBlock) -> None:
     """Inputs and outputs of the module are the same on every rank."""
     for i in dict.fromkeys((*root.inputs, *root.outputs, *(r.id for r in refs(s.program.output)))):
         v = root.values[i]
-        if not same(v.type, (I,) * len(s.mesh.axes), v.grad):
+        if v.kind == "tensor" and not same(v.type, (I,) * len(s.mesh.axes), v.grad):
             what = "input" if i in root.inputs else "output"
             s.errors.append(f"{root.name}: {what} %{i} {v.name!r} of the module is {show(v.type)}, expected I on every axis")
