@@ -166,7 +166,7 @@ def test_optional_choices_skip_what_does_not_fit():
             "norm/layer_norm (model.py:10): 'S(-1)' asks for a split of its first output of shape (4, 8, 16), which has none there",
         ),
         ("**.up/*", "S(7)", "'S(7)' asks for a split of its first output"),
-        ("**.up/*", "in:S(7)", "'in:S(7)' asks for a split of its first input"),
+        ("**.up/*", "in:S(7)", "'in:S(7)' asks for a split of its first data input"),
         ("**.up/*", "S(x)", "'S(x)' is not a choice: 'S(x)' is not an axis type"),
         ("/mystery", "S(0)", "no rule knows mystery"),
         ("**.upp/*", "S(0)", "matches no op of this graph; the nearest is"),

@@ -80,18 +80,22 @@ def read_choice(block: Block, op: Op, recipe: Recipe | None, text: str, size: in
     """The choice of an op that a policy's text stands for.
 
     A text is a choice itself ('n', 'I', 'R', 'P'), 'S(d)' for the factor at dim d of the first output, or 'in:S(d)' at dim d of
-    the first tensor input; d may be negative, and 'S(-1/3)' shards inside 3 groups. With a final '?' an op without such a factor, or
-    with one that an axis of this size does not divide, is left unnamed instead of being an error.
+    the first tensor input that is no parameter; d may be negative, and 'S(-1/3)' shards inside 3 groups. With a final '?' an op
+    without such a factor, or with one that an axis of this size does not divide, is left unnamed instead of being an error.
     """
     bare, optional = text.removesuffix("?"), text.endswith("?")
     spec = bare.removeprefix("in:")
     if spec[:2] != "S(":
         return None if optional and not _fits_alone(op, recipe, bare, size) else bare
-    choice, values = None, op_inputs(block, op) if bare != spec else op_outputs(block, op)
-    where = "first input" if bare != spec else "first output"
-    if values and recipe is not None and not op.whole:
-        dims = (recipe.inputs if bare != spec else recipe.outputs)[0]
-        choice = choice_at(recipe, dims, _type(spec, len(values[0].shape), text))
+    choice, values = None, op_outputs(block, op)
+    dims, where = recipe.outputs[:1] if recipe is not None else (), "first output"
+    if bare != spec:
+        # NB: addmm(bias, x, weight): the data is the first input that is no parameter.
+        params, values = {p.value for p in block.params}, op_inputs(block, op)
+        first = next((i for i, v in enumerate(values) if v.id not in params), 0)
+        values, dims, where = values[first:], recipe.inputs[first : first + 1] if recipe is not None else (), "first data input"
+    if values and dims and not op.whole:
+        choice = choice_at(recipe, dims[0], _type(spec, len(values[0].shape), text))
     if choice is None and not optional:
         shape = f" of shape {values[0].shape}" if values else ""
         why = f"no rule knows {op.fn}" if recipe is None else f"its factors are {', '.join(recipe.factors) or 'none'}"

@@ -4,7 +4,7 @@ Must not invent a split: a factor is chosen only where an input already arrives 
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
@@ -22,10 +22,15 @@ ITEM = {"float64": 8, "int64": 8, "complex64": 8, "float16": 2, "bfloat16": 2, "
 
 @dataclass(frozen=True)
 class Arrival:
-    """One tensor input of an op as it arrives on one axis. type None: a parameter, held as its uses ask."""
+    """One tensor input of an op as it arrives on one axis. type None: a parameter, held as its uses ask.
+
+    `held`: all types the value has by now, for other uses; `shared`: whether it has other uses at all.
+    """
 
     value: Value
     type: AxisType | None
+    held: frozenset[AxisType] = frozenset()
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,11 +48,14 @@ class Question:
 
     recipe: Recipe
     arrivals: list[Arrival]
+    outputs: tuple[Value, ...]
     wants: list[Want]
     choices: list[str]
     size: int  # of the axis
 
 
+Held = dict[int, AxisType | None]
+Copies = dict[int, set[AxisType]]
 Decide = Callable[[Question], str]
 
 
@@ -74,17 +82,25 @@ def cheapest(q: Question) -> str:
     """The choice that costs least to convert to and, where the next op is named, from; a split before P, R and I in a tie."""
     mesh = Mesh((("x", q.size),))
     graded = {a.type for a in q.arrivals if a.value.grad}
-    # NB: without an R among the inputs, R only moves the all-reduce of an I -> R about; I is then the plainer program.
-    rank = {"I": 3, "R": 2 if R in graded else 4}
+    lone = not any(a.shared for a in q.arrivals if a.type == P)
+    # NB: without an R among the inputs, R only moves the all-reduce of an I -> R about; I is then the plainer program. A P that
+    # has other uses is summed for them anyway; one that has none is left for a later sum.
+    rank = {"I": 3, "R": 2 if R in graded else 5, "P": 1 if lone else 4}
 
     def price(choice: str) -> tuple[float, int]:
         ins, outs = q.recipe.types(choice)
-        moves = {(a.value, a.type, replace(t, nest=0)) for a, t in zip(q.arrivals, ins, strict=True) if a.type is not None}
-        moves |= {(w.value, replace(outs[w.position], nest=0), replace(w.type, nest=0)) for w in q.wants}
-        total = sum(cost((src,), (dst,), mesh, nbytes(v), grad=v.grad) for v, src, dst in sorted(moves, key=repr))
-        return float(f"{total:.6g}"), rank.get(choice, int(choice[:1] == "P"))
+        needs = {(a.value, a.held, replace(t, nest=0)) for a, t in zip(q.arrivals, ins, strict=True) if a.type is not None}
+        needs |= {(w.value, frozenset([replace(outs[w.position], nest=0)]), replace(w.type, nest=0)) for w in q.wants}
+        if choice[:1] == "P" and not q.wants:  # somebody will need the sum; a split's sum is paid for by the work it saves
+            needs |= {(v, frozenset([P]), I) for v, t in zip(q.outputs, outs, strict=True) if t == P}
+        total = sum(min(cost((h,), (t,), mesh, nbytes(v), grad=v.grad) for h in held) for v, held, t in sorted(needs, key=_order))
+        return float(f"{total:.6g}"), rank.get(choice[0] if choice[:2] == "P:" else choice, 0)
 
     return min(q.choices, key=price)
+
+
+def _order(need: tuple[Value, frozenset[AxisType], AxisType]) -> tuple[int, AxisType]:
+    return need[0].id, need[2]
 
 
 def keep_split(q: Question) -> str:
@@ -126,6 +142,7 @@ class _Walker:
         self.axis, self.size = self.mesh.index(axis), dict(self.mesh.axes)[axis]
         self.start = self._start(axis, start)
         self.recipes: dict[tuple[str, str], Recipe | None] = {}
+        self.counted: dict[str, Counter[int]] = {}
         self.wanted: dict[str, dict[int, list[AxisType]]] = {}
         self.done: dict[tuple[str, tuple], tuple[dict[str, str], tuple, list]] = {}
 
@@ -164,8 +181,11 @@ class _Walker:
         if (v.name, arrivals) in self.done:
             return self.done[v.name, arrivals]
         block = self.graph.blocks[v.block]
-        held: dict[int, AxisType | None] = dict(zip(block.inputs, arrivals, strict=True))
+        held: Held = dict(zip(block.inputs, arrivals, strict=True))
         held.update({p.value: None for p in block.params})
+        copies: Copies = defaultdict(set)
+        for value, t in held.items():
+            copies[value].update([] if t is None else [t])
         choices: dict[str, str] = {}
         calls = []
         for op in block.ops:
@@ -175,21 +195,41 @@ class _Walker:
                 callee = self.partial.variants[v.callees[op.id]]
                 types = tuple(held.get(a, I) for a in op.args)
                 calls.append((callee.name, types))
-                held.update(zip(op.out, self.walk(callee, types)[1], strict=True))
-                held.update({new: I for _, new in op.writes})
+                made = dict(zip(op.out, self.walk(callee, types)[1], strict=True)) | {new: I for _, new in op.writes}
+                held.update(made)
+                for value, t in made.items():
+                    copies[value].update([] if t is None else [t])
                 continue
             recipe = self.recipe(block, op)
-            choice = choices[op.id] = v.choices[op.id][self.axis] or self.choose(block, v, op, recipe, held)
-            outs = op_outputs(block, op)
-            for value, t in zip(outs, self._outputs(recipe, choice, len(outs)), strict=True):
-                held[value.id] = I if t == R and not value.grad else replace(t, nest=0)
+            choice = choices[op.id] = v.choices[op.id][self.axis] or self.choose(block, v, op, recipe, held, copies)
+            ins, outs = self.types(recipe, choice, op_inputs(block, op), op_outputs(block, op))
+            for value, t in ins if outs else ():  # NB: a size is read from any type
+                if held.get(value.id, I) is not None:
+                    copies[value.id].add(t)
+            for value, t in outs:
+                held[value.id] = t
+                copies[value.id].add(t)
         self.done[v.name, arrivals] = (choices, tuple(held.get(o, I) for o in block.outputs), calls)
         return self.done[v.name, arrivals]
 
-    def _outputs(self, recipe: Recipe | None, choice: str, n: int) -> tuple[AxisType, ...]:
+    @staticmethod
+    def types(recipe: Recipe | None, choice: str, ins: tuple[Value, ...], outs: tuple[Value, ...]) -> tuple[list, list]:
+        """(value, type) of the inputs and of the outputs of an op under a choice."""
         if recipe is None or choice in ("I", "R"):
-            return (R if choice == "R" else I,) * n
-        return recipe.types(choice)[1]
+            kinds = [(R if choice == "R" else I,) * len(values) for values in (ins, outs)]
+        else:
+            kinds = recipe.types(choice)
+        plain = lambda v, t: I if t == R and not v.grad else replace(t, nest=0)  # noqa: E731
+        return tuple([(v, plain(v, t)) for v, t in zip(values, k, strict=True)] for values, k in zip((ins, outs), kinds, strict=True))
+
+    def uses(self, block: Block) -> Counter[int]:
+        """How often each value of a block is read."""
+        if block.name not in self.counted:
+            count: Counter[int] = Counter(block.outputs)
+            for op in block.ops:
+                count.update(op.args if isinstance(op, Call) else [v.id for v in op_inputs(block, op)] if isinstance(op, Op) else [])
+            self.counted[block.name] = count
+        return self.counted[block.name]
 
     def recipe(self, block: Block, op: Op) -> Recipe | None:
         key = (block.name, op.id)
@@ -197,10 +237,13 @@ class _Walker:
             self.recipes[key] = recipe_of(block, op)
         return self.recipes[key]
 
-    def choose(self, block: Block, v: Variant, op: Op, recipe: Recipe | None, held: dict[int, AxisType | None]) -> str:
+    def choose(self, block: Block, v: Variant, op: Op, recipe: Recipe | None, held: Held, copies: Copies) -> str:
         if recipe is None or op.whole or not op_outputs(block, op):
             return "I"
-        arrivals = [Arrival(value, held.get(value.id, I)) for value in op_inputs(block, op)]
+        uses = self.uses(block)
+        arrivals = [
+            Arrival(value, held.get(value.id, I), frozenset(copies.get(value.id, ())), uses[value.id] > 1) for value in op_inputs(block, op)
+        ]
         others = tuple(c or "I" for c in v.choices[op.id])
 
         def legal(c: str) -> bool:
@@ -212,7 +255,7 @@ class _Walker:
             for t in dict.fromkeys(self.wants(block, v).get(value.id, ()))
         ]
         choices = [c for c in offered(recipe, arrivals, wants) if legal(c)]
-        return self.decide(Question(recipe, arrivals, wants, choices, self.size))
+        return self.decide(Question(recipe, arrivals, op_outputs(block, op), wants, choices, self.size))
 
     def wants(self, block: Block, v: Variant) -> dict[int, list[AxisType]]:
         """What the named ops of a variant require of each value on this axis."""
