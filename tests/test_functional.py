@@ -23,8 +23,8 @@ def close(a, b, what):
 
 
 def check(mesh, whole, split, inputs, shards, *, partial=(), out_shards=(), add=()):
-    """whole(*inputs) against split(axes, *local inputs). shards: per input its (dim, axis name) pairs. `add`: per input, the axes over which
-    its gradients add up (type R there). partial: axes on which the result is P; out_shards: how the result is sharded."""
+    """whole(*inputs) against split(axes, *local inputs). shards: per input its (dim, axis name) pairs. `add`: per input, the axes
+    over which its gradients add up (type R there). partial: axes on which the result is P; out_shards: how the result is sharded."""
     xs = [x.clone().requires_grad_(x.is_floating_point()) for x in inputs]
     torch.manual_seed(5)
     want = whole(*xs)
@@ -32,7 +32,9 @@ def check(mesh, whole, split, inputs, shards, *, partial=(), out_shards=(), add=
     (want * up).sum().backward()
 
     def rank(axes, r):
-        local = lambda pairs: tuple((d, axes[a]) for d, a in pairs)
+        def local(pairs):
+            return tuple((d, axes[a]) for d, a in pairs)
+
         ins = [take(x.detach(), local(s)).clone().requires_grad_(x.is_floating_point()) for x, s in zip(inputs, shards, strict=True)]
         out = split(axes, *ins)
         (out * take(up, local(out_shards))).sum().backward()
@@ -134,9 +136,7 @@ def test_cross_entropy_split_on_classes(mesh, case, shape):
     check(
         mesh,
         lambda x, t, *w: F.cross_entropy(x, t, w[0].detach() if w else None, **options),
-        lambda axes, x, t, *w: ap.cross_entropy(
-            x, t, w[0].detach() if w else None, **options, classes=tuple(axes[a] for a in ax)
-        ),
+        lambda axes, x, t, *w: ap.cross_entropy(x, t, w[0].detach() if w else None, **options, classes=tuple(axes[a] for a in ax)),
         [x, target, *w],
         [cols, cols if prob else (), *([(0, a) for a in ax] for _ in w)],
     )
@@ -191,22 +191,22 @@ def test_cross_entropy_with_nothing_to_count_is_nan_as_in_torch():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_cross_entropy_in_half_precision_returns_the_dtype_torch_returns(dtype):
+@pytest.mark.parametrize("autocast", [False, True])
+def test_cross_entropy_in_half_precision_returns_the_dtype_torch_returns(dtype, autocast):
     x, target = torch.randn(8, 16).to(dtype), torch.randint(0, 16, (8,))
-    for autocast in (False, True):
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        want = F.cross_entropy(x, target)
+
+    def rank(axes, r):
         with torch.autocast("cpu", dtype, enabled=autocast):
-            want = F.cross_entropy(x, target)
+            a = ap.cross_entropy(x[r * 4 : r * 4 + 4], target[r * 4 : r * 4 + 4], batch=axes["a"])
+            b = ap.cross_entropy(x[:, r * 8 : r * 8 + 8], target, classes=axes["a"])
+        assert a.dtype == b.dtype == want.dtype
+        a = axes["a"].all_reduce(a)
+        torch.testing.assert_close(a, want, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(b, want, rtol=1e-2, atol=1e-2)
 
-        def rank(axes, r):
-            with torch.autocast("cpu", dtype, enabled=autocast):
-                a = ap.cross_entropy(x[r * 4 : r * 4 + 4], target[r * 4 : r * 4 + 4], batch=axes["a"])
-                b = ap.cross_entropy(x[:, r * 8 : r * 8 + 8], target, classes=axes["a"])
-            assert a.dtype == b.dtype == want.dtype
-            a = axes["a"].all_reduce(a)
-            torch.testing.assert_close(a, want, rtol=1e-2, atol=1e-2)
-            torch.testing.assert_close(b, want, rtol=1e-2, atol=1e-2)
-
-        run_ranks(MESHES[0], rank)
+    run_ranks(MESHES[0], rank)
 
 
 def test_cross_entropy_split_on_batch_does_not_overflow_in_half_precision():

@@ -45,9 +45,7 @@ def attention(c: Case) -> Recipe:
         rows, cols = ("1" if n == 1 else name for n, name in zip(mask.shape[-2:], ("s^", "t^"), strict=True))
         terms["attn_mask"] = f"{leading(mask.shape, queries)} {rows} {cols}"
     flops = 2.0 * prod(out[:-1]) * k.shape[-2] * (q.shape[-1] + v.shape[-1])
-    return c.make(
-        terms, f"{leading(out, queries)} s^ e^", linear=[("value",)], random=drops(c), flops=flops, matmul=True
-    )
+    return c.make(terms, f"{leading(out, queries)} s^ e^", linear=[("value",)], random=drops(c), flops=flops, matmul=True)
 
 
 def drops(c: Case) -> bool:

@@ -53,7 +53,7 @@ RANDOM = """
 bernoulli multinomial rand randn randint randperm normal poisson binomial randint_like uniform random exponential geometric
 cauchy log_normal gumbel_softmax rrelu fractional_max_pool1d fractional_max_pool2d fractional_max_pool3d feature_dropout
 trunc_normal dirichlet
-""".split()
+""".split()  # noqa: SIM905
 
 
 @rule(*RANDOM)

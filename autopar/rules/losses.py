@@ -55,7 +55,7 @@ def cross_entropy(c: Case) -> Recipe:
     if not prob and len(target.shape) != len(c.tensor("input").shape) - 1:
         raise NoRule("target does not line up with the logits")
     out = marked(rest, how)
-    dims = {n: m for n, m in zip(rest.split(), out.split(), strict=True)}
+    dims = dict(zip(rest.split(), out.split(), strict=True))
     full = " ".join(dims.get(n, n) for n in full.split())
     terms = {"input": full, "target": full if prob else out, "weight": "c"}
     return c.make(terms, result(how, rest), inner=["c"], positional=["c"])

@@ -18,7 +18,7 @@ cartesian_prod combinations cov corrcoef as_strided take put embedding_bag block
 fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_fftn fft_ifftn fft_rfftn fft_irfftn fft_fftshift fft_ifftshift fft_fftfreq fft_rfftfreq
 stft istft hann_window hamming_window bartlett_window blackman_window kaiser_window equal allclose is_nonzero vander trapezoid
 lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell segment_reduce renorm quantile nanquantile linalg_matrix_rank linalg_lstsq
-""".split()
+""".split()  # noqa: SIM905
 
 
 @rule(*UNSPLIT)
@@ -79,7 +79,10 @@ def solve_triangular(c: Case) -> Recipe:
     return c.make({"input": f"{lead} {n} {n}", "B": f"{lead} {n} {k}"}, f"{lead} {n} {k}", linear=[("B",)])
 
 
-@rule("linalg_inv", "inverse", "linalg_det", "det", "logdet", "linalg_cholesky", "cholesky", "linalg_matrix_exp", "matrix_exp", args="input|self|A, ...")
+@rule(
+    "linalg_inv", "inverse", "linalg_det", "det", "logdet", "linalg_cholesky", "cholesky", "linalg_matrix_exp", "matrix_exp",
+    args="input|self|A, ...",
+)  # fmt: skip
 def matrices(c: Case) -> Recipe:
     x, out = c.inputs[0].shape, c.outputs[0].shape
     lead = " ".join("1" if n == 1 else f"b{i}" for i, n in enumerate(x[:-2]))

@@ -54,7 +54,7 @@ def cross_entropy(
     batch: Axes = (),
     classes: Axes = (),
 ) -> Tensor:
-    """F.cross_entropy on a shard of the batch, of the classes, or of both. A class weight and probability targets are split as the classes are."""
+    """F.cross_entropy on a shard of the batch, the classes or both. A class weight and probability targets are split as the classes."""
     indices = not target.is_floating_point()
     if axes_of(classes):
         loss, kept_weight, out = _split_classes(input, target, weight, ignore_index, label_smoothing, axes_of(classes))

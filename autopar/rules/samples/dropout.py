@@ -20,7 +20,12 @@ SAMPLES = [
     *(
         Sample(F + n, x, *args, splits=" ".join(f"d{i}" for i in range(len(x.shape))), **kwargs)
         for n, x in SHAPES.items()
-        for args, kwargs in (((0.3, False), {}), ((), {"p": 0.3, "training": True}), ((0.3, True, True), {}), ((0.3,), {"training": True, "inplace": True}))
+        for args, kwargs in (
+            ((0.3, False), {}),
+            ((), {"p": 0.3, "training": True}),
+            ((0.3, True, True), {}),
+            ((0.3,), {"training": True, "inplace": True}),
+        )
     ),
     Sample(F + "dropout1d", T(4, 8), 0.5, True, splits="d0 d1"),
     Sample(F + "dropout", T(4, 8), p=0.0, training=True, splits="d0 d1"),
