@@ -74,17 +74,29 @@ def _child(fn: Callable, rank: int, n: int, port: int, folder: Path, timeout: fl
         result = fn(rank)
         (folder / f"{rank}.result").write_bytes(pickle.dumps(result))
         code = 0
-        if connect:
+        if dist.is_initialized():
+            _meet(n)
             dist.destroy_process_group()
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else 1
         traceback.print_exc()
     except BaseException:
         traceback.print_exc()
+        if dist.is_initialized():
+            _meet(n, 0.0)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _meet(n: int, seconds: float = 20.0) -> None:
+    """Wait for the others. NB: init_process_group is no barrier; a rank that leaves while another still connects breaks or hangs it."""
+    store = dist.distributed_c10d._get_default_store()
+    store.add("procs/end", 1)
+    until = time.monotonic() + seconds
+    while store.add("procs/end", 0) < n and time.monotonic() < until:
+        time.sleep(0.002)
 
 
 def _wait(pids: dict[int, int], timeout: float) -> dict[int, int]:
