@@ -11,7 +11,9 @@ from autopar.ir.mesh import Mesh
 from autopar.pas.plan import Plan
 
 GRID = Mesh((("dp", 2), ("tp", 4)))
-PLAN = Plan(GRID, {"a.*.b/linear": {"dp": "b", "tp": "n"}, "/add": {"tp": "R"}}, {"a.0.b.weight": {"dp": "S(0)"}}, graph="ff00", policy="mine")
+PLAN = Plan(
+    GRID, {"a.*.b/linear": {"dp": "b", "tp": "n"}, "/add": {"tp": "R"}}, {"a.0.b.weight": {"dp": "S(0)"}}, graph="ff00", policy="mine"
+)
 
 
 @pytest.mark.parametrize("plan", [PLAN, Plan(), Plan(GRID)])
