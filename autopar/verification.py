@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from autopar.config import ComputeConfig
 from autopar.errors import VerifyError
@@ -86,7 +87,8 @@ def verify(
 
     Compared are all tensor outputs on every rank, the gradient of every parameter and floating input under a random
     cotangent, and every buffer after the step; in train mode random ops draw the same numbers for the whole tensor on
-    both sides (runtime/exact.py). The module is not changed. With several scale units all take the same batch, so
+    both sides (runtime/exact.py). In a float64 module casts to float32 become casts to float64 on both sides, so that
+    everything is comparable to 1e-12. The module is not changed. With several scale units all take the same batch, so
     gradients are `units` times the original's.
 
     Returns the report; raises whatever compiling raises. `report.check()` raises VerifyError on a difference.
@@ -120,19 +122,18 @@ def verify_compiled(
     weights |= compiled.graph.constants
     for mode in modes:
         original = copy.deepcopy(module).train(mode == "train")
-        torch.manual_seed(seed)
-        with _exact(), _keep_rng():
+        with _exact(), _widen(module), _keep_rng():
             torch.manual_seed(seed)
             expected = _step(original, args, seed)
         grads = {n: p.grad for n, p in original.named_parameters(remove_duplicate=False)}
         buffers = dict(original.named_buffers())
 
         def rank_step(mesh: Any, rank: int, mode: str = mode) -> tuple:
-            cls = load_module_class(compiled.texts, f"verify_rank{rank}")
+            cls = load_module_class(compiled.texts)
             local = cls(mesh)
             local.load(lambda name, slices: weights[name].detach()[slices], mesh.device)
             local.train(mode == "train")
-            with _exact(), _log(rank) as log:
+            with _exact(), _widen(module), _log(rank) as log:
                 outs = _step(local, args, seed)
                 local.sync_grads()
             return outs, {n: p.grad for n, p in local.named_parameters()}, dict(local.named_buffers()), log
@@ -234,6 +235,25 @@ def _worst_per_tensor(differences: list[Difference]) -> tuple[Difference, ...]:
 
 def _path(path: Any) -> str:
     return pytree.keystr(path) or "value"
+
+
+class _Widen(TorchFunctionMode):
+    """Casts to float32 become casts to float64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.float:
+            func = Tensor.double
+        if any(a is torch.float32 for a in args):
+            args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+        if kwargs.get("dtype") is torch.float32:
+            kwargs = {**kwargs, "dtype": torch.float64}
+        return func(*args, **kwargs)
+
+
+def _widen(module: nn.Module) -> Any:
+    dtypes = {p.dtype for p in module.parameters() if p.is_floating_point()}
+    return _Widen() if dtypes == {torch.float64} else nullcontext()
 
 
 def _exact() -> Any:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from autopar.config import ComputeConfig, ReuseType
 from autopar.errors import SavedirError
@@ -149,8 +150,8 @@ def write(folder: Path, identity: Identity, fill: Callable[[Path], None]) -> Non
         if folder.exists():
             folder.rename(old)
         tmp.rename(folder)
-    except OSError as e:
-        raise SavedirError(f"cannot write generated code to {folder}: {e.strerror or e}; choose another gen_savedir") from e
+    except (OSError, SafetensorError) as e:
+        raise SavedirError(f"cannot write generated code to {folder}: {getattr(e, 'strerror', None) or e}; choose another gen_savedir") from e
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

@@ -38,6 +38,14 @@ class AxisRef:
 
 
 @dataclass(frozen=True)
+class Scaled:
+    """A local size argument: a run-time scalar divided by the axes that shard its dim (never in a Graph). Prints `n // 2`."""
+
+    ref: Any
+    divisor: int
+
+
+@dataclass(frozen=True)
 class Struct:
     """A container that is not tuple, list or dict (dataclass, namedtuple, ModelOutput), by importable class."""
 
@@ -234,6 +242,8 @@ def refs(tree: Any) -> Iterator[Ref]:
         yield from refs((tree.start, tree.stop, tree.step))
     elif isinstance(tree, Struct):
         yield from refs(tree.items)
+    elif isinstance(tree, Scaled):
+        yield from refs(tree.ref)
 
 
 def map_refs(tree: Any, f: Any) -> Any:
@@ -250,6 +260,8 @@ def map_refs(tree: Any, f: Any) -> Any:
         return slice(map_refs(tree.start, f), map_refs(tree.stop, f), map_refs(tree.step, f))
     if isinstance(tree, Struct):
         return Struct(tree.cls, tree.names, tuple(map_refs(x, f) for x in tree.items))
+    if isinstance(tree, Scaled):
+        return Scaled(map_refs(tree.ref, f), tree.divisor)
     return tree
 
 

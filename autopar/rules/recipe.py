@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from autopar.ir.graph import AxisRef
+from autopar.ir.graph import AxisRef, Scaled
 from autopar.ir.types import AxisType, I, P, R, S
+
+__all__ = ["Dims", "Emitted", "Factor", "Recipe", "Scaled", "Split", "TrainingOnly"]
 
 Dims = tuple[tuple[str, ...], ...]  # per tensor dim: the names of its factors, outermost first; () for a dim of size 1 or a number
 
@@ -169,14 +171,6 @@ class Emitted:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     divide: int = 1
-
-
-@dataclass(frozen=True)
-class Scaled:
-    """A local size argument: a run-time scalar (Ref) divided by the axes that shard its dim. Prints `n // 2`."""
-
-    ref: Any
-    divisor: int
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ has the dual type (R and P swap), so a backward is a conversion too, and being d
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,6 +34,30 @@ __all__ = [
 ]  # fmt: skip
 
 
+Dim = int | tuple[int, int]  # a tensor dim; (dim, groups) where each of `groups` equal parts of it is sharded
+
+
+def _inside(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Let a function of plain dims take (dim, groups) too: groups become a dim of their own around the call."""
+
+    def grouped(x: Tensor, axis: Axis, *dims: Dim) -> Tensor:
+        if all(isinstance(d, int) for d in dims):
+            return run(x, axis, *dims)
+        plain = [d if isinstance(d, int) else d[0] for d in dims]
+        plain = [d % x.dim() for d in plain]
+        # NB: from the last dim on, so that the dims still to be cut keep their numbers.
+        cuts = sorted(((d, dim[1]) for d, dim in zip(plain, dims, strict=True) if not isinstance(dim, int)), reverse=True)
+        for d, groups in cuts:
+            x = x.unflatten(d, (groups, -1))
+        shift = [d + sum(c <= d for c, _ in cuts) for d in plain]
+        y = run(x, axis, *shift)
+        for d, _ in reversed(cuts):
+            y = y.flatten(d, d + 1)
+        return y
+
+    return grouped
+
+
 # What a row does: one of these, or a method of Axis. All take (tensor, axis, *dims).
 
 
@@ -40,13 +65,15 @@ def _nothing(x: Tensor, axis: Axis) -> Tensor:
     return x
 
 
-def _slice(x: Tensor, axis: Axis, dim: int) -> Tensor:
+@_inside
+def _slice(x: Tensor, axis: Axis, dim: Dim) -> Tensor:
     """This rank's slice, a view. Raises LayoutError where the dim does not split evenly."""
     n = axis.shard(x.shape[dim], f"dim {dim} of a {tuple(x.shape)} tensor")
     return x.narrow(dim, axis.rank * n, n)
 
 
-def _place(x: Tensor, axis: Axis, dim: int) -> Tensor:
+@_inside
+def _place(x: Tensor, axis: Axis, dim: Dim) -> Tensor:
     """The whole tensor, zero but for this rank's slice."""
     dim %= x.dim()
     out = x.new_zeros([n * axis.size if d == dim else n for d, n in enumerate(x.shape)])
@@ -58,6 +85,7 @@ def _keep_first(x: Tensor, axis: Axis) -> Tensor:
     return x if axis.rank == 0 else torch.zeros_like(x)
 
 
+@_inside
 def _exchange(x: Tensor, axis: Axis, src_dim: int, dst_dim: int) -> Tensor:
     return axis.all_to_all(x, split_dim=dst_dim, cat_dim=src_dim)
 
@@ -66,10 +94,12 @@ def _all_reduce(x: Tensor, axis: Axis) -> Tensor:
     return axis.all_reduce(x)
 
 
+@_inside
 def _reduce_scatter(x: Tensor, axis: Axis, dim: int) -> Tensor:
     return axis.reduce_scatter(x, dim)
 
 
+@_inside
 def _all_gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
     return axis.all_gather(x, dim)
 
@@ -81,7 +111,7 @@ class _Row(torch.autograd.Function):
     dual: Any
 
     @classmethod
-    def forward(cls, ctx: Any, x: Tensor, axis: Axis, *dims: int) -> Tensor:
+    def forward(cls, ctx: Any, x: Tensor, axis: Axis, *dims: Dim) -> Tensor:
         ctx.axis, ctx.dims = axis, dims
         return cls.run(x, axis, *dims)
 
@@ -91,7 +121,7 @@ class _Row(torch.autograd.Function):
         return cls.dual(grad, ctx.axis, *ctx.dims[::-1]), None, *(None for _ in ctx.dims)
 
     @classmethod
-    def convert(cls, x: Tensor, axis: Axis, *dims: int) -> Tensor:
+    def convert(cls, x: Tensor, axis: Axis, *dims: Dim) -> Tensor:
         if axis.size == 1:
             return x
         if x.requires_grad and torch.is_grad_enabled():
@@ -119,32 +149,32 @@ def p_to_r(x: Tensor, axis: Axis) -> Tensor:
     return _p_to_r(x, axis)
 
 
-def p_to_s(x: Tensor, axis: Axis, dim: int) -> Tensor:
+def p_to_s(x: Tensor, axis: Axis, dim: Dim) -> Tensor:
     """P -> S(dim): reduce-scatter; backward all-gather (S -> R)."""
     return _p_to_s(x, axis, dim)
 
 
-def s_to_r(x: Tensor, axis: Axis, dim: int) -> Tensor:
+def s_to_r(x: Tensor, axis: Axis, dim: Dim) -> Tensor:
     """S(dim) -> R: all-gather; backward reduce-scatter (P -> S)."""
     return _s_to_r(x, axis, dim)
 
 
-def s_to_i(x: Tensor, axis: Axis, dim: int) -> Tensor:
+def s_to_i(x: Tensor, axis: Axis, dim: Dim) -> Tensor:
     """S(dim) -> I: all-gather; backward slice (I -> S)."""
     return _s_to_i(x, axis, dim)
 
 
-def i_to_s(x: Tensor, axis: Axis, dim: int) -> Tensor:
+def i_to_s(x: Tensor, axis: Axis, dim: Dim) -> Tensor:
     """I -> S(dim): slice, a view; backward all-gather (S -> I)."""
     return _i_to_s(x, axis, dim)
 
 
-def r_to_s(x: Tensor, axis: Axis, dim: int) -> Tensor:
+def r_to_s(x: Tensor, axis: Axis, dim: Dim) -> Tensor:
     """R -> S(dim): slice, a view; backward place into zeros (S -> P)."""
     return _r_to_s(x, axis, dim)
 
 
-def s_to_s(x: Tensor, axis: Axis, src_dim: int, dst_dim: int) -> Tensor:
+def s_to_s(x: Tensor, axis: Axis, src_dim: int, dst_dim: Dim) -> Tensor:
     """S(src) -> S(dst): all-to-all; backward all-to-all (S(dst) -> S(src))."""
     return _s_to_s(x, axis, src_dim, dst_dim)
 
@@ -164,7 +194,7 @@ def r_to_p(x: Tensor, axis: Axis) -> Tensor:
     return _r_to_p(x, axis)
 
 
-def s_to_p(x: Tensor, axis: Axis, dim: int) -> Tensor:
+def s_to_p(x: Tensor, axis: Axis, dim: Dim) -> Tensor:
     """S(dim) -> P: place into zeros; backward slice (R -> S)."""
     return _s_to_p(x, axis, dim)
 

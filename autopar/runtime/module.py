@@ -191,7 +191,9 @@ class ParallelModule(Block):
         for prefix, block in self._blocks():
             for name, p in block._declared.items():
                 full = prefix + name
-                t = reader(full, p.slices(self.mesh))
+                dim, pieces = p.pieces(self.mesh)
+                parts = [reader(full, piece) for piece in pieces]
+                t = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
                 if tuple(t.shape) != p.local_shape(self.mesh) or t.dtype != p.dtype:
                     raise LayoutError(
                         f"the weights of {full} are {tuple(t.shape)} {t.dtype}; "

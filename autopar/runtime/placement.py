@@ -1,5 +1,5 @@
 """Placement: how the ranks of a mesh hold one parameter or buffer, and which slice of it is this rank's.
-Must not know modules or files. Reads the type texts 'R', 'I', 'S(dim)', 'S(dim,nest)' by itself: the runtime imports no compiler.
+Must not know modules or files. Reads the type texts 'R', 'I', 'S(dim)', 'S(dim,nest)', 'S(dim/groups)' by itself: it imports no compiler.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from autopar.errors import LayoutError
 from autopar.runtime.mesh import RankMesh
 
 KINDS = ("param", "buffer", "constant")
-_SHARD = re.compile(r"S\((\d+)(?:,\s*(\d+))?\)")
+_SHARD = re.compile(r"S\((\d+)(?:/(\d+))?(?:,\s*(\d+))?\)")
 
 
 @lru_cache(maxsize=1024)
-def _parse(text: str) -> tuple[str, int, int]:
-    """(kind, dim, nest) of a type text; dim is -1 unless sharded."""
+def _parse(text: str) -> tuple[str, int, int, int]:
+    """(kind, dim, nest, groups) of a type text; dim is -1 unless sharded."""
     if text in ("R", "I"):
-        return text, -1, 0
+        return text, -1, 0, 1
     found = _SHARD.fullmatch(text)
     if not found:
-        raise LayoutError(f"{text!r} is not how a tensor of a module can be held; write R, I, S(dim) or S(dim,nest)")
-    return "S", int(found[1]), int(found[2] or 0)
+        raise LayoutError(f"{text!r} is not how a tensor of a module can be held; write R, I, S(dim), S(dim,nest) or S(dim/groups)")
+    return "S", int(found[1]), int(found[3] or 0), int(found[2] or 1)
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Placement:
             parts = 1
             for axis in self.sharding(mesh, dim):
                 parts *= mesh[axis].size
+            parts *= self.groups(dim)
             if size % parts:
                 raise LayoutError(f"{self.name}: dim {dim} of size {size} does not split evenly over {parts} ranks")
         for text in self.types:
@@ -60,22 +61,43 @@ class Placement:
 
     def sharding(self, mesh: RankMesh, dim: int) -> list[str]:
         """The axes that shard a dim, outermost first."""
-        found = [(nest, i) for i, (kind, d, nest) in enumerate(map(_parse, self.types)) if kind == "S" and d == dim]
+        found = [(nest, i) for i, (kind, d, nest, _) in enumerate(map(_parse, self.types)) if kind == "S" and d == dim]
         return [mesh.names[i] for _, i in sorted(found)]
 
+    def groups(self, dim: int) -> int:
+        """Number of equal parts of a dim, each of which is sharded."""
+        return max((g for kind, d, _, g in map(_parse, self.types) if kind == "S" and d == dim), default=1)
+
+    def pieces(self, mesh: RankMesh) -> tuple[int, list[tuple[slice, ...]]]:
+        """(dim, slices of each piece): this rank's shard is the pieces of the whole tensor put together along the dim.
+
+        More than one piece only where a dim is sharded inside groups.
+        """
+        whole = self.slices(mesh)
+        dim = next((d for d in range(len(self.shape)) if self.groups(d) > 1), 0)
+        if not self.shape or self.groups(dim) == 1:
+            return 0, [whole]
+        part, mine = self.shape[dim] // self.groups(dim), whole[dim]
+        starts = range(0, self.shape[dim], part)
+        return dim, [(*whole[:dim], slice(s + mine.start, s + mine.stop), *whole[dim + 1 :]) for s in starts]
+
     def slices(self, mesh: RankMesh) -> tuple[slice, ...]:
-        """This rank's slice of the whole tensor, one per dim; slice(None) where the dim is whole."""
+        """This rank's slice of the whole tensor, one per dim; slice(None) where the dim is whole.
+
+        Where a dim is sharded inside groups: of the first group.
+        """
         out = []
         for dim, size in enumerate(self.shape):
             index, parts = 0, 1
             for axis in self.sharding(mesh, dim):
                 index, parts = index * mesh[axis].size + mesh[axis].rank, parts * mesh[axis].size
-            n = size // parts
+            n = size // parts // self.groups(dim)
             out.append(slice(None) if parts == 1 else slice(index * n, (index + 1) * n))
         return tuple(out)
 
     def local_shape(self, mesh: RankMesh) -> tuple[int, ...]:
-        return tuple(n if s == slice(None) else s.stop - s.start for n, s in zip(self.shape, self.slices(mesh), strict=True))
+        sizes = [n if s == slice(None) else s.stop - s.start for n, s in zip(self.shape, self.slices(mesh), strict=True)]
+        return tuple(n * self.groups(d) for d, n in enumerate(sizes))
 
     def replicated(self, mesh: RankMesh) -> tuple[str, ...]:
         """The axes along which each rank holds a part of the gradient (type R)."""
