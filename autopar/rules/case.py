@@ -178,9 +178,7 @@ class Case:
         if isinstance(outputs, str) or outputs is None:
             outputs = [outputs] * len(self.outputs)
         outs = ["?" if t is None else t for t in outputs]
-        bound = combine(tuple(terms), tuple(outs)).bind(
-            [v.shape for v in self.inputs], [v.shape for v in self.outputs], sizes, inner
-        )
+        bound = combine(tuple(terms), tuple(outs)).bind([v.shape for v in self.inputs], [v.shape for v in self.outputs], sizes, inner)
         for name in positional:
             bound.factors[name] = replace(bound.factors[name], positional=True)
         bias = tuple(i for n in partial_bias for i in self.positions(n))

@@ -48,8 +48,7 @@ def resolve(fn: str) -> Callable[..., Any]:
     if fn.startswith("ap."):
         return getattr(importlib.import_module("autopar.runtime.functional"), fn[3:])
     if ":" in fn:
-        kind, _, rest = fn.partition("apply:")
-        module, _, qual = (rest if fn.startswith("apply:") else fn).partition(":")
+        module, _, qual = fn.removeprefix("apply:").partition(":")
         found: Any = importlib.import_module(module)
         for part in qual.split("."):
             found = getattr(found, part)

@@ -184,9 +184,7 @@ def communicates(form: Emitted) -> bool:
 
 def draws_elsewhere(one: OneOp, recipe: Recipe, choice: tuple[str, ...], sizes: Coords) -> bool:
     """Whether a random op is split, and not emitted in a form that knows exact mode."""
-    splits = tuple(
-        Split(f"a{i}", k, c) for i, (k, c) in enumerate(zip(sizes, choice, strict=True)) if recipe.parse(c)[0] in recipe.factors
-    )
+    splits = tuple(Split(f"a{i}", k, c) for i, (k, c) in enumerate(zip(sizes, choice, strict=True)) if recipe.parse(c)[0] in recipe.factors)
     return bool(splits) and not localise(one.block, one.op, recipe, splits).fn.startswith("ap.")
 
 

@@ -13,8 +13,8 @@ FLAGS, INTS = T(8, 12, values="bool"), T(8, 12, values=7)
 F = "torch.nn.functional."
 
 FREE = "sin cos tan tanh sinh cosh asinh atan exp exp2 expm1 sigmoid relu square abs erf erfc sign sgn sinc isnan isinf isfinite isposinf"
-FREE += " isneginf ceil floor round trunc frac signbit deg2rad rad2deg neg positive nan_to_num clone detach angle conj conj_physical resolve_conj"
-FREE += " zeros_like i0"
+FREE += " isneginf ceil floor round trunc frac signbit deg2rad rad2deg neg positive nan_to_num clone detach angle conj"
+FREE += " conj_physical resolve_conj zeros_like i0"
 POSITIVE = "log log10 log1p log2 sqrt rsqrt reciprocal lgamma digamma"
 ACTIVATIONS = "gelu silu mish elu selu celu leaky_relu hardtanh hardswish hardsigmoid softplus softsign tanhshrink softshrink hardshrink"
 ACTIVATIONS += " relu6 logsigmoid"
