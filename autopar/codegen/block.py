@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import ast
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ import torch
 from autopar.codegen.expr import MUL, Code, Imports, Printer, attribute, string, tree_refs
 from autopar.codegen.layout import Stmt, long_where
 from autopar.codegen.loops import Loop, base_path, find_loops
-from autopar.codegen.names import Names, defines, identifier, uses
+from autopar.codegen.names import Names, defines, uses
 from autopar.ir.graph import Context, Guard, Ref, Source
 from autopar.ir.mesh import Mesh
 from autopar.ir.types import TABLE, AxisType, Type
@@ -38,6 +40,7 @@ class Surroundings:
     list_length: Callable[[str], int]  # children of a module list, by path relative to this block; 0 if they are not 0..n-1
     set_buffers: frozenset[str]  # parameters of this block that are buffers replaced by any block
     guards: bool
+    hints: dict[int, str]
     free_bytes: int = FREE_BYTES
 
 
@@ -49,11 +52,14 @@ class Forward:
         if not around.guards:
             block = replace(block, body=tuple(_without_guards(block)))
         self.items = find_loops(block)
-        self.names = Names(block, self.items, around.imports.taken)
+        self.names = Names(block, self.items, around.imports.taken, around.hints)
         self.printer = Printer(around.imports, self.names, around.axis)
         self.sections = _sections(self.items)
         self.stmts: list[Stmt] = []
+        self.inlined: dict[int, str] = {}  # guard -> the comparison it reads
+        self.uses = Counter(v for item in self.items for v in uses(item)) + Counter(block.outputs)
         self._scope_end = self._frame_ends()
+        self._made: dict[str, int] = {}  # variable -> number of statements when it was last assigned
         self._frames: dict[str, tuple[Any, ...]] = {}  # variable -> frame of the user's program it was assigned in
         for p in block.params:
             if p.name not in around.set_buffers:
@@ -90,6 +96,9 @@ class Forward:
 
     def _local(self, i: int, op: Local) -> None:
         code = self.printer.call(op.fn, op.args, op.kwargs)
+        if self._only_guarded(i, op):
+            self.inlined[i + 1] = code.text
+            return
         src, where = op.src, {"section": self.sections[i], "scopes": self._scopes(op)}
         written = {new for _, new in op.writes}
         outs = list(dict.fromkeys(tree_refs(op.out)))
@@ -98,8 +107,8 @@ class Forward:
         if code.statement or not fresh:
             self.add(code.text, src=src, **where)
             return
+        # NB: `code` keeps the old name, which holds the value until this statement assigns it.
         self._make_way(i, fresh, section=where["section"])
-        code = self.printer.call(op.fn, op.args, op.kwargs)
         if isinstance(op.out, Ref):
             for factor, sign, wanted in ((op.divide, "/", bool(tensors)), (op.times, "*", not tensors)):
                 if factor != 1 and wanted:
@@ -117,6 +126,14 @@ class Forward:
                 if factor != 1:
                     self.add(f"{self.names(v)} = {self.names(v)} {sign} {factor}", src=src, **where)
         self._remember(i, fresh)
+
+    def _only_guarded(self, i: int, op: Local) -> bool:
+        """Whether the op is a comparison of numbers that only the guard after it reads."""
+        guard = self.items[i + 1] if i + 1 < len(self.items) else None
+        if not (isinstance(guard, Guard) and isinstance(op.out, Ref) and guard.value == op.out and guard.read in ("bool", "item")):
+            return False
+        value = self.value(op.out.id)
+        return value.kind == "scalar" and value.dtype == "bool" and self.uses[op.out.id] == 1 and op.times == 1
 
     def _target(self, tree: Any, i: int, written: set[int], top: bool = True) -> tuple[str, list[str]]:
         """The left side of an assignment that unpacks a tree, and further assignments for what cannot be unpacked."""
@@ -193,6 +210,7 @@ class Forward:
     def _loop(self, i: int, loop: Loop) -> None:
         carried = loop.carried()
         starts = [self.names(values[0]) for values in carried]
+        self._made.update((self.names(v), len(self.stmts) + 1) for values in carried for v in values if self.names.known(v))
         for values, start in zip(carried, starts, strict=True):
             if self.names.cell(values[0]) != self.names.cell(values[1]):
                 self.add(f"{self.names.assign(values[1], i - 1)} = {start}")
@@ -216,7 +234,7 @@ class Forward:
 
     def _guard(self, i: int, g: Guard) -> None:
         self.around.imports.used.add("ap")
-        actual = self.printer.read(g.read, g.value)
+        actual = self.inlined.get(i) or self.printer.read(g.read, g.value)
         expected = self.printer.code(g.expected).text
         text = " ".join(g.src.text.split())
         self.add(
@@ -232,11 +250,22 @@ class Forward:
         for v in values:
             if self.names.known(v):
                 continue
-            held = self.names.holder(identifier(self.value(v).name), i)
+            held = self.names.holder(self.names.hint(v), i)
             other = self._other_name(i, held) if held is not None else None
             if held is not None and other is not None and not self.names.busy(other, i - 1) and self.names.loose(held):
-                self.add(f"{other} = {self.names(held)}", **where)
-                self.names.rebind(held, other)
+                self._alias(held, other, **where)
+
+    def _alias(self, held: int, other: str, **where: Any) -> None:
+        """`other = name`, right after the value was made where the other name is unused since then."""
+        name = self.names(held)
+        at = self._made.get(name, 0)
+        if self._made.get(other, -1) < at:
+            self.stmts.insert(at, Stmt(f"{other} = {name}", section=self.stmts[at - 1].section if at else None))
+            self._made = {n: k + (k > at) for n, k in self._made.items()}
+        else:
+            self.add(f"{other} = {name}", **where)
+        self.names.rebind(held, other)
+        self._made[other] = self._made.get(name, 0)
 
     def _other_name(self, i: int, held: int) -> str | None:
         """What a later line of the user's program calls the value: the operand in its place of `residual + hidden_states`."""
@@ -283,6 +312,7 @@ class Forward:
 
     def _remember(self, i: int, values: Iterable[int]) -> None:
         frame = self._frame(i)
+        self._made.update((self.names(v), len(self.stmts)) for v in values if self.names.known(v))
         for v in values:
             if frame and self.names.known(v):
                 self._frames[self.names(v)] = frame
@@ -293,7 +323,7 @@ class Forward:
         """`del` for large dead tensors whose frame has ended, unless the name is about to be assigned anyway."""
         if i > len(self.items) - 3:
             return
-        soon = {identifier(self.value(v).name) for item in self.items[i : i + 4] for v in defines(item)}
+        soon = {self.names.hint(v) for item in self.items[i : i + 4] for v in defines(item)}
         dead = []
         for name, value in list(self.names.held()):
             frame = self._frames.get(name)
@@ -413,4 +443,17 @@ def _join_scopes(stmts: list[Stmt]) -> list[Stmt]:
                 break
             shared.append(a)
         out[i] = replace(s, scopes=tuple(shared))
+    return _keep_open(out)
+
+
+def _keep_open(stmts: list[Stmt]) -> list[Stmt]:
+    """Nest the contexts of a statement inside those that its predecessor left open; torch's own commute."""
+    out: list[Stmt] = []
+    before: tuple[str, ...] = ()
+    for s in stmts:
+        if all(x.startswith("with torch.") for x in (*before, *s.scopes)):
+            kept = tuple(takewhile(s.scopes.__contains__, before))
+            s = replace(s, scopes=kept + tuple(x for x in s.scopes if x not in kept))
+        before = s.scopes
+        out.append(s)
     return out

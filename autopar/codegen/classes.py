@@ -4,6 +4,7 @@ Must not know files or headers (emit.py).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -79,6 +80,17 @@ class Classes:
                 children.setdefault(".".join(parts[: i - 1]), set()).add(parts[i - 1])
         return {p: len(c) if c == {str(i) for i in range(len(c))} else 0 for p, c in children.items()}
 
+    @cached_property
+    def input_hints(self) -> dict[str, dict[int, str]]:
+        """Block -> input value -> the name most of its callers have for it."""
+        counts: dict[str, dict[int, Counter[str]]] = {}
+        for b in self.program.blocks.values():
+            for item in b.body:
+                if isinstance(item, Invoke):
+                    for inner, arg in zip(self.program.blocks[item.block].inputs, item.args, strict=True):
+                        counts.setdefault(item.block, {}).setdefault(inner, Counter())[b.values[arg].name] += 1
+        return {b: {v: c.most_common(1)[0][0] for v, c in names.items()} for b, names in counts.items()}
+
     def write(self, block: LoweredBlock) -> list[str]:
         """The lines of the class of a block."""
         root = block.name == self.program.root
@@ -92,6 +104,7 @@ class Classes:
             list_length=lambda path: self.list_sizes.get(join(first, path), 0),
             set_buffers=frozenset(p.name for p in block.params if join(first, p.name) in self.set_buffers),
             guards=self.guards != "off",
+            hints={} if root else self.input_hints.get(block.name, {}),
             free_bytes=self.free_bytes,
         )
         self.imports.used.add("ap")

@@ -150,11 +150,20 @@ def attribute(base: str, path: str) -> str:
     return base
 
 
+# Functions without a signature that Python could read.
+BUILT_IN: dict[str, dict[str, Any]] = {
+    "torch.nn.functional.linear": {"bias": None},
+    "torch.nn.functional.scaled_dot_product_attention": {
+        "attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False,
+    },
+}  # fmt: skip
+
+
 @cache
 def _defaults(fn: str) -> dict[str, Any]:
     """Defaults of a function of torch.nn.functional, by name."""
-    if fn == "torch.nn.functional.linear":  # built in, without a signature
-        return {"bias": None}
+    if fn in BUILT_IN:
+        return BUILT_IN[fn]
     try:
         parameters = inspect.signature(getattr(torch.nn.functional, fn.rpartition(".")[2])).parameters
     except (AttributeError, TypeError, ValueError):

@@ -77,6 +77,8 @@ def _fit(pad: str, text: str, note: str) -> list[str]:
     if len(whole) <= WIDTH:
         return [whole]
     lines = [pad + text] if len(pad + text) <= WIDTH else _break(pad, text)
+    if note and len(lines) > 1 and len(f"{lines[-1]}  # {note}") <= WIDTH:
+        return [*lines[:-1], f"{lines[-1]}  # {note}"]
     return [_clip(f"{pad}# {note}"), *lines] if note else lines
 
 
@@ -85,6 +87,7 @@ def _break(pad: str, text: str) -> list[str]:
     open_at, pieces, close_at = _outer(text)
     if open_at < 0 or len(pieces) == 0:
         return [pad + text]
+    subscript = text[open_at] == "["  # NB: there a comma after the last piece would make it a tuple
     lines, row = [pad + text[: open_at + 1]], ""
     for piece in pieces:
         joined = f"{row} {piece}," if row else f"{pad}    {piece},"
@@ -92,11 +95,14 @@ def _break(pad: str, text: str) -> list[str]:
             lines.append(row)
             joined = f"{pad}    {piece},"
         row = joined
-    return [*lines, row, pad + text[close_at:]]
+    return [*lines, row[:-1] if subscript and not text[:close_at].rstrip().endswith(",") else row, pad + text[close_at:]]
 
 
 def _outer(text: str) -> tuple[int, list[str], int]:
-    """The widest pair of call parentheses: where it opens, its comma-separated pieces, where it closes; (-1, [], -1) if none."""
+    """The widest parentheses of a call or brackets of a subscript: where they open, the pieces between commas, where they close.
+
+    (-1, [], -1) if there are none.
+    """
     best: tuple[int, list[str], int] = (-1, [], -1)
     stack: list[tuple[int, list[int]]] = []
     quote, i = "", 0
@@ -115,7 +121,7 @@ def _outer(text: str) -> tuple[int, list[str], int]:
             stack[-1][1].append(i)
         elif ch in ")]}" and stack:
             start, commas = stack.pop()
-            called = ch == ")" and start > 0 and (text[start - 1].isalnum() or text[start - 1] in "_]")
+            called = ch in ")]" and start > 0 and (text[start - 1].isalnum() or text[start - 1] in "_])")
             if called and i - start > best[2] - best[0] and text[start + 1 : i].strip():
                 ends = [*commas, i]
                 pieces = [text[a + 1 : b].strip() for a, b in zip([start, *commas], ends, strict=True)]

@@ -64,8 +64,9 @@ def writes(item: Any) -> Iterator[tuple[int, int]]:
 class Names:
     """Cells, their life times and their variables, for one block. `index` counts the items of the body."""
 
-    def __init__(self, block: LoweredBlock, items: list[Any], reserved: Iterable[str] = ()) -> None:
+    def __init__(self, block: LoweredBlock, items: list[Any], reserved: Iterable[str] = (), hints: dict[int, str] | None = None) -> None:
         self.block = block
+        self.hints = hints or {}  # value -> name, where it is not the value's own
         self.reserved = {*RESERVED, *reserved}
         self._parent = list(range(len(block.values)))
         for item in items:
@@ -96,11 +97,14 @@ class Names:
     def _merge_start(self, index: int, loop: Loop, values: list[int], others: set[int]) -> None:
         start, rest = self.cell(values[0]), self.cell(values[1])
         others |= {self.cell(p.value) for p in self.block.params} | {self.cell(a) for a in loop.fixed()}
-        same_name = identifier(self.block.values[start].name) == identifier(self.block.values[rest].name)
+        same_name = self.hint(start) == self.hint(rest)
         if same_name and start not in others and self.last.get(start) == index and start != rest:
             last = max(self.last.get(start, -1), self.last.get(rest, -1))
             self._join(start, rest)
             self.last[self.cell(start)] = last
+
+    def hint(self, value: int) -> str:
+        return identifier(self.hints.get(value) or self.block.values[value].name)
 
     def cell(self, value: int) -> int:
         while self._parent[value] != value:
@@ -136,7 +140,7 @@ class Names:
         """A variable for a value bound by item `index`: its own name, else with the suffix, else numbered."""
         if self.known(value):
             return self(value)
-        base = identifier(self.block.values[value].name)
+        base = self.hint(value)
         base = base.lower() if base in self.reserved else base
         taken = set(avoid)
         candidates = [base] + ([f"{base}_{suffix}"] if suffix else [])
