@@ -56,7 +56,7 @@ class Report:
 
     @property
     def worst(self) -> Difference:
-        return max(self.differences, key=lambda d: d.error / d.tolerance if d.error == d.error else float("inf"))
+        return max(self.differences, key=lambda d: d.error / (d.tolerance or 1e-300) if d.error == d.error else float("inf"))
 
     def __str__(self) -> str:
         calls = ", ".join(f"{v} {k}" for k, v in sorted(self.collectives.items())) or "none"

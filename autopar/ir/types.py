@@ -176,7 +176,8 @@ def _path(src: Type, dst: Type, mesh: Mesh, grad: bool) -> tuple[tuple[Step, ...
         t = todo.pop()
         for i, a in enumerate(t):
             # NB: a detour through P (zeros and a reduction) may be cheap in bytes, but nobody would want to read it.
-            targets = [R, I, *[P] * (dst[i] == P), *shards]
+            # NB: without a gradient there is no R: a path through it would not be found in lowered values, which are written I.
+            targets = [*[R] * grad, I, *[P] * (dst[i] == P), *shards]
             for target in targets:
                 if target.kind == "S":
                     target = replace(target, nest=len([j for j in nesting(t, target.dim) if j != i]))
