@@ -43,7 +43,9 @@ RANDOM = frozenset(
     randn_like randint_like bernoulli bernoulli_ normal normal_ uniform_ exponential_ multinomial gumbel_softmax rrelu rrelu_ cauchy_ log_normal_ geometric_ random_
     poisson fractional_max_pool2d fractional_max_pool3d""".split()
 )
-DATA_SHAPES = frozenset("nonzero masked_select unique unique_consecutive _unique2 argwhere bincount nonzero_static repeat_interleave".split())
+DATA_SHAPES = frozenset("nonzero masked_select unique unique_consecutive _unique2 argwhere bincount".split())
+BY_CONTENT = frozenset("__getitem__ where repeat_interleave".split())  # the same, for some arguments
+FROM_DATA = frozenset("tensor as_tensor asarray new_tensor".split())
 DETACHED = frozenset("detach detach_ data".split())
 # Returning its input unchanged, these say nothing about the program (dtypes and devices are those of the trace).
 ELIDED = frozenset(

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import logging
 import math
 import random
 import sys
@@ -85,6 +86,8 @@ def patched(tracer: Any) -> Iterator[None]:
             for name in names:
                 stack.enter_context(replaced(holder, name, _draw(tracer, getattr(holder, name), f"{holder.__name__}.{name}")))
         stack.enter_context(replaced(torch, "from_numpy", _from_numpy(tracer, torch.from_numpy)))
+        # NB: torch logs a missing fake kernel as an error; the strategy deals with it
+        stack.enter_context(replaced(logging.getLogger("torch._subclasses.fake_tensor"), "disabled", True))
         fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast)

@@ -4,6 +4,7 @@ Must not know single ops (tracer.py).
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -74,6 +75,10 @@ class _Run:
         device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
         tracer = self.tracer = Tracer(module, self.strategy, fold=self.fold, device=device, state=state)
         training = module.training
+        # NB: fake tensors are freed by reference counting; the collector would only walk the growing recording again and again
+        collect = gc.isenabled() and self.strategy.name == "meta"
+        if collect:
+            gc.disable()
         try:
             tensors, buffers = self._place(tracer)
             values, arguments = self._inputs(tracer)
@@ -99,6 +104,8 @@ class _Run:
                     tracer.warnings[f"forward sets the attribute {name!r} to a tensor; generated code does not keep it between calls"] = None
         finally:
             tracer.live = False
+            if collect:
+                gc.enable()
             state.restore()
             rng.restore()
         events = _without_dead_scalars(tracer.events, output, buffers_set)

@@ -7,13 +7,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
 from autopar.errors import TraceError
 from autopar.ir.graph import Context, Global, Ref, Source, Tensor
 from autopar.trace import symbolic, trees
-from autopar.trace.known import BLANK, DATA_SHAPES, DETACHED, ELIDED, READS, Known, classify
+from autopar.trace.known import BLANK, BY_CONTENT, DATA_SHAPES, DETACHED, ELIDED, FROM_DATA, READS, Known, classify
 from autopar.trace.names import import_name, qualified
 from autopar.trace.recording import Enter, Exit, RecordedGuard, RecordedOp
 from autopar.trace.sources import Sources
@@ -81,6 +82,9 @@ class Tracer(TorchFunctionMode):
 
     def call(self, known: Known, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run one call and record it as an op."""
+        if known.short in FROM_DATA and _holds_array((args, kwargs)):
+            self.warn("a NumPy array becomes a constant of the trace")
+            return self._free(known, func, args, kwargs)
         tensors, bits, rec_args, rec_kwargs = self._encode_call(known, args, kwargs)
         if self._remap:
             args, kwargs = self._local(args), self._local(kwargs)
@@ -125,7 +129,7 @@ class Tracer(TorchFunctionMode):
             bits &= ~NUMBERS
         if known.random:
             bits |= RANDOM
-        if bits & NUMBERS and (short in DATA_SHAPES or (short in ("__getitem__", "where") and _by_mask(short, args))):
+        if bits & NUMBERS and (short in DATA_SHAPES or (short in BY_CONTENT and _by_content(short, args, kwargs))):
             bits |= DATA_SHAPE | SHAPE
         if short in DETACHED or short in BLANK:
             grad_in = False
@@ -614,11 +618,23 @@ def _written_by_name(known: Known, args: Any, kwargs: Any) -> list[torch.Tensor]
     return []
 
 
-def _by_mask(short: str, args: Any) -> bool:
+def _by_content(short: str, args: Any, kwargs: Any) -> bool:
+    """Whether the shape of this call's result depends on numbers."""
     if short == "where":
-        return len(args) == 1
+        return len(args) + len(kwargs) == 1
+    if short == "repeat_interleave":
+        repeats = args[1] if len(args) > 1 else kwargs.get("repeats", args[0])
+        return isinstance(repeats, torch.Tensor) and kwargs.get("output_size") is None
     index = args[1] if isinstance(args[1], tuple) else (args[1],)
     return any(isinstance(i, torch.Tensor) and i.dtype in (torch.bool, torch.uint8) for i in index)
+
+
+def _holds_array(tree: Any) -> bool:
+    if isinstance(tree, dict):
+        tree = tuple(tree.values())
+    if isinstance(tree, (tuple, list)):
+        return any(_holds_array(x) for x in tree)
+    return isinstance(tree, np.ndarray)
 
 
 def _plain_name(short: str) -> str:
