@@ -201,8 +201,8 @@ def save_graph(graph: Graph, folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     # NB: raw bytes, because safetensors lacks some dtypes; dtype and shape travel in the header.
     data = {n: _bytes(t) for n, t in graph.constants.items()}
-    meta = {n: json.dumps([str(t.dtype).removeprefix("torch."), list(t.shape)]) for n, t in graph.constants.items()}
-    _replace(folder / CONSTANTS_FILE, save(data, metadata=meta))
+    meta = {n: [str(t.dtype).removeprefix("torch."), list(t.shape)] for n, t in graph.constants.items()}
+    _replace(folder / CONSTANTS_FILE, save(data, metadata={"constants": json.dumps(meta)}))
     _replace(folder / GRAPH_FILE, graph_to_json(graph).encode())
 
 
@@ -220,10 +220,9 @@ def load_graph(folder: str | Path) -> Graph:
     path = folder / CONSTANTS_FILE
     try:
         with safe_open(str(path), "pt") as f:
-            for name, note in (f.metadata() or {}).items():
-                dtype, shape = json.loads(note)
+            for name, (dtype, shape) in json.loads((f.metadata() or {})["constants"]).items():
                 constants[name] = _from_bytes(f.get_tensor(name), getattr(torch, dtype), tuple(shape))
-    except (OSError, SafetensorError, ValueError, AttributeError) as e:
+    except (OSError, SafetensorError, KeyError, ValueError, AttributeError) as e:
         raise SavedirError(f"cannot read {path}: {e}") from e
     wanted = {t.name for t in graph.tensors if t.kind == "constant"}
     if missing := wanted - constants.keys():

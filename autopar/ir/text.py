@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 from autopar.ir import graph as ir
-from autopar.ir.graph import AxisRef, Block, Call, Global, Graph, Guard, Op, Ref, Source, Struct, Value
+from autopar.ir.graph import AxisRef, Block, Call, Global, Graph, Guard, Op, Ref, Scaled, Source, Struct, Value
 
 DTYPES = {"float": "f", "bfloat": "bf", "int": "i", "uint": "u", "complex": "c"}
 
@@ -44,6 +44,8 @@ def format_tree(tree: Any) -> str:
         )
     if isinstance(tree, Global):
         return tree.name.rpartition(":")[2]
+    if isinstance(tree, Scaled):
+        return f"{format_tree(tree.ref)} // {tree.divisor}"
     if isinstance(tree, AxisRef):
         return f"@{tree.name}"
     return "..." if tree is Ellipsis else repr(tree)
