@@ -573,7 +573,8 @@ def write_to_a_copy(p: Program, rng: Random) -> Program | None:
 
 @mutation
 def copy_missing(p: Program, rng: Random) -> Program | None:
-    if (got := pick((y for y in items(p, Convert) if y[2].copy), rng)) is None:
+    """A write in place reaches the memory of what was converted. (Conversions from S and P make new tensors anyway.)"""
+    if (got := pick((y for y in items(p, Convert) if y[2].copy and y[2].src.kind in "RI"), rng)) is None:
         return None
     b, n, c = got
     return edit(p, b, n, replace(c, copy=False))
