@@ -15,7 +15,7 @@ What is proven, and how an ambiguous contract is read here (check_block.py: one 
 - After an in-place write, values of the old version are stale in every type; a use is an error. Versions that share storage in
   the source (views of one tensor) must be written through one lowered variable, the module's own tensors directly and not as a
   converted copy.
-- `copy` is demanded of a Convert that may not make a new tensor (nothing, slice, keep, an axis of size 1) if its result, a view or
+- `copy` is demanded of a Convert that may not make a new tensor (nothing, slice, keep) if its result, a view or
   a later version of it is written in place, here or in a called block; it is harmless elsewhere.
 - A split random op needs `rng`, all axes that split it, unless its local form is a function of the runtime, which draws by itself.
 - Every tensor of the graph has exactly one placement, R, I or S, and every block that uses the tensor reads it in that type.
