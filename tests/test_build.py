@@ -179,6 +179,16 @@ def test_blocks_nest():
     assert calls(body) == [("stages.0", "Stage"), ("stages.1", "Stage")]
 
 
+def test_wrappers_of_one_block_are_inlined():
+    r = Recorder()
+    x = r.input()
+    for i in range(2):
+        with r.call(f"groups.{i}", "tests.Group"), r.call(f"groups.{i}.inner", "tests.Inner"):
+            x = layer(r, x, f"groups.{i}.inner.layers.0")
+    _, body = made(r, x)
+    assert calls(body) == [(f"groups.{i}.inner.layers.0", "Layer") for i in range(2)]
+
+
 def test_class_names_are_unique():
     r = Recorder("pkg.Layer")
     x = layer(r, r.input(), "a.0", cls="one.Layer")

@@ -401,7 +401,9 @@ def hf(name):
         "mamba": lambda: (t.MambaForCausalLM(t.MambaConfig(hidden_size=32, num_hidden_layers=3, vocab_size=61, state_size=4)), text),
     }
     torch.manual_seed(0)
-    return table[name]()
+    model, inputs = table[name]()
+    model.config.use_cache = False
+    return model, inputs | ({"use_cache": False} if name == "t5" else {})
 
 
 STACKS = {
@@ -411,8 +413,8 @@ STACKS = {
     "albert": {"albert.encoder.albert_layer_groups.0.albert_layers.0": 1},
     "t5": {"encoder.block.0": 1, "encoder.block.*": 2, "decoder.block.0": 1, "decoder.block.*": 2},
     "mixtral": {"model.layers.*": 3},
-    "gemma2": {"model.layers.*": 2},
-    "vit": {"vit.encoder.layer.*": 3},
+    "gemma2": {"model.layers.*": 4},
+    "vit": {"vit.layers.*": 3},
     "swin": {"swin.encoder.layers.0": 1, "swin.encoder.layers.1": 1},
     "resnet": {},
     "whisper": {"model.encoder.layers.*": 2, "model.decoder.layers.*": 2},

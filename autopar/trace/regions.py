@@ -4,7 +4,8 @@ Must not know how the trace was recorded, nor what a finished Block looks like (
 A region becomes a block (a class of the generated code) if it is
   1. a recompute region (torch.utils.checkpoint). One that is the whole of a module call stands for that module; any other
      has no module of its own: it owns no parameters and all module calls in it are inlined;
-  2. a call of an element of a ModuleList, Sequential or ModuleDict (last path component is a number) with >= 4 ops;
+  2. a call of an element of a ModuleList or Sequential (last path component is a number) with >= 4 ops, unless all it does is
+     to call one other block;
   3. a call outside of the above with >= 8 ops that has a structurally equal sibling, torch.nn leaves excepted.
 All calls of one module instance must come out equal and in one enclosing block, otherwise they are inlined.
 """
@@ -121,13 +122,22 @@ def tidy(region: Region) -> None:
 
 
 def candidates(root: Region) -> None:
-    """Mark blocks by rules 1 and 2."""
-    todo = [root]
-    while todo:
-        r = todo.pop()
-        last = r.path.rpartition(".")[2]
-        r.block = r is root or r.recompute or (last.isdigit() and r.size >= MIN_ELEMENT_OPS)
-        todo += [c for c in r.content if isinstance(c, Region)]
+    """Mark blocks by rules 1 and 2; an element that only wraps another block is not one."""
+    inner = [c for c in root.content if isinstance(c, Region)]
+    for c in inner:
+        candidates(c)
+        last = c.path.rpartition(".")[2]
+        c.block = c.recompute or (last.isdigit() and c.size >= MIN_ELEMENT_OPS and not wraps(c))
+    root.block = True
+
+
+def wraps(region: Region) -> bool:
+    """Whether all that a call does is one call of a block."""
+    while len(region.content) == 1 and isinstance(only := region.content[0], Region):
+        if only.block:
+            return True
+        region = only
+    return False
 
 
 class Flow:
@@ -314,7 +324,7 @@ def repeated(root: Region) -> list[Region]:
     while todo:
         level = [c for c in todo if not c.block]
         leaf = lambda c: c.cls.startswith("torch.nn.") and not any(isinstance(x, Region) for x in c.content)  # noqa: E731
-        found += [c for c in level if c.size >= MIN_REPEATED_OPS and not c.barred and c.path and not leaf(c)]
+        found += [c for c in level if c.size >= MIN_REPEATED_OPS and not (c.barred or not c.path or leaf(c) or wraps(c))]
         todo = [x for c in level for x in c.content if isinstance(x, Region)]
     count = Counter((c.cls, c.size) for c in found)
     return [c for c in found if count[c.cls, c.size] > 1]
