@@ -42,6 +42,7 @@ class Surroundings:
     guards: bool
     hints: dict[int, str]
     free_bytes: int = FREE_BYTES
+    training: bool = True  # mode while tracing
 
 
 class Forward:
@@ -53,7 +54,7 @@ class Forward:
             block = replace(block, body=tuple(_without_guards(block)))
         self.items = find_loops(block)
         self.names = Names(block, self.items, around.imports.taken, around.hints)
-        self.printer = Printer(around.imports, self.names, around.axis)
+        self.printer = Printer(around.imports, self.names, around.axis, around.training)
         self.sections = _sections(self.items)
         self.stmts: list[Stmt] = []
         self.inlined: dict[int, str] = {}  # guard -> the comparison it reads

@@ -106,6 +106,7 @@ class Classes:
             guards=self.guards != "off",
             hints={} if root else self.input_hints.get(block.name, {}),
             free_bytes=self.free_bytes,
+            training=self.graph.training,
         )
         self.imports.used.add("ap")
         lines = [f"class {block.name}(ap.{'ParallelModule' if root else 'Block'}):", f'    """{self._doc(block, root)}"""', ""]

@@ -189,6 +189,7 @@ class Printer:
     imports: Imports
     name: Callable[[int], str]
     axis: Callable[[str], str]
+    training: bool = True  # the graph was traced in training mode; in eval mode TrainingOnly is the value recorded
 
     # -- literals
 
@@ -203,6 +204,8 @@ class Printer:
         if isinstance(x, Scaled):
             return Code(f"{self.code(x.ref).at(MUL)} // {x.divisor}", MUL)
         if isinstance(x, TrainingOnly):
+            if not self.training:
+                return self.code(x.value)
             if x.value is True and x.otherwise is False:
                 return Code("self.training")
             return Code(f"{self.code(x.value).at(OR)} if self.training else {self.code(x.otherwise).at(IF)}", IF)
