@@ -24,7 +24,7 @@ def run(title: str, command: list[str], log: Path) -> list[dict]:
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     rows: list[dict] = []
     with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen([*command, "--steps", str(STEPS), "--log", str(log)], env=env, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen([*command, "--steps", str(STEPS), "--losses", str(log)], env=env, stdout=output, stderr=subprocess.STDOUT)
         with tqdm(total=STEPS, desc=title, unit="step") as bar:
             while True:
                 done = process.poll() is not None

@@ -27,7 +27,7 @@ def split(graph: autopar.Graph, config: autopar.ComputeConfig) -> autopar.Plan:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--log", type=Path, required=True)
+    parser.add_argument("--losses", type=Path, required=True)
     parser.add_argument("--gen-savedir", type=Path, default=Path(".autopar"))
     args = parser.parse_args()
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -41,7 +41,7 @@ def main() -> None:
         sync = model.sync_grads
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     first = int(os.environ.get("RANK", "0")) == 0
-    with args.log.open("w") if first else open(os.devnull, "w") as log:
+    with args.losses.open("w") if first else open(os.devnull, "w") as log:
         for step in range(args.steps):
             start = time.perf_counter()
             loss = model(**batch(data, step))
