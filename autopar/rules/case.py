@@ -143,7 +143,7 @@ class Case:
 
     @staticmethod
     def is_float(*values: Value) -> bool:
-        return all(v.dtype.startswith(FLOATS) for v in values)
+        return all(v.dtype.startswith(FLOATS) and not v.dtype.startswith("float8") for v in values)
 
     # -- making a recipe
 

@@ -11,13 +11,16 @@ from autopar.rules.case import Case, NoRule
 from autopar.rules.recipe import Recipe
 from autopar.rules.registry import rule
 
+FOREVER = 2**31 - 1  # what people write for the end of a dim
 
-def is_full(s: slice, size: int) -> bool:
-    """Whether a slice surely takes the whole dim, also of a shard of it."""
+
+def is_full(s: slice) -> bool:
+    """Whether a slice takes the whole dim whatever its size is at run time."""
     start, stop, step = s.start, s.stop, s.step
     if any(isinstance(x, Ref) for x in (start, stop, step)):
         return False
-    return start in (None, 0) and step in (None, 1) and (stop is None or stop >= size)
+    # NB: a literal stop that is the traced size would cut a longer dim; a shard of that would come out whole.
+    return start in (None, 0) and step in (None, 1) and (stop is None or stop >= FOREVER)
 
 
 class Index:
@@ -51,7 +54,7 @@ class Index:
             if d >= len(x_shape):
                 raise NoRule("too many indices")
             if isinstance(item, slice):
-                full = is_full(item, x_shape[d])
+                full = is_full(item)
                 self.x.append(f"d{d}" if full else str(x_shape[d]))
                 out.append([f"d{d}"] if full else ["="])  # '=': whatever size the traced result has there
             elif v is not None and not v.shape:  # a 0-dim index selects, as an int does

@@ -383,9 +383,7 @@ def cat(c: Case) -> Recipe:
     if any(len(v.shape) != len(out.shape) for v in ins):
         raise NoRule("cat with the empty tensor")
     d, row = c.dim("dim"), names(len(out.shape))
-    if len(ins) > 1 and len({v.shape[d] for v in ins}) == 1:
-        joined = term([*row[:d], f"(c^ d{d})", *row[d + 1 :]])
-        return c.make({"tensors": [term(row)] * len(ins)}, joined, linear=[("tensors",)], nested=[f"d{d}"])
+    # NB: pieces of the same traced size need not be so at run time, so the joined dim is never split.
     terms = [term([*row[:d], str(v.shape[d]), *row[d + 1 :]]) for v in (*ins, out)]
     return c.make({"tensors": terms[:-1]}, terms[-1], linear=[("tensors",)])
 
