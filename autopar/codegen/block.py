@@ -119,6 +119,7 @@ class Forward:
                 self.add(f"{target} = {code.text}", self.note(tensors), src=src, **where)
         else:
             target, later = self._target(op.out, i, written)
+            target = f"({target})" if len(target) > 80 else target
             self.add(f"{target} = {code.text}", self.note(tensors), src=src, **where)
             for text in later:
                 self.add(text, src=src, **where)
@@ -334,8 +335,8 @@ class Forward:
                 dead.append(name)
         for name in dead:
             self.names.forget(name)
-        if dead:
-            self.add(f"del {', '.join(dead)}")
+        for k in range(0, len(dead), 6):
+            self.add(f"del {', '.join(dead[k : k + 6])}")
 
 
 @cache

@@ -11,7 +11,7 @@ from functools import cached_property
 
 from autopar.codegen.block import Forward, Surroundings, type_note
 from autopar.codegen.expr import Imports, string
-from autopar.codegen.layout import Stmt, print_body
+from autopar.codegen.layout import WIDTH, Stmt, print_body
 from autopar.codegen.loops import base_path, sibling
 from autopar.codegen.signature import Signature
 from autopar.ir.graph import AxisRef, Graph, Tensor, generalise, join
@@ -120,7 +120,8 @@ class Classes:
         if root:
             return f"{cls or self.graph.module}, on {self.mesh if self.mesh.axes else 'one device'}."
         extra = ", run again in the backward" if block.recompute else ""
-        return f"{generalise(paths)} ({cls}), {len(paths)} instance{'s' if len(paths) > 1 else ''}{extra}."
+        text = f"{generalise(paths)} ({cls}), {len(paths)} instance{'s' if len(paths) > 1 else ''}{extra}."
+        return text if len(text) < WIDTH - 10 else text.replace(" (", "\n\n    ", 1).replace(f"{cls})", cls, 1) + "\n    "
 
     # -- __init__
 
@@ -159,18 +160,17 @@ class Classes:
             lines.append('        self.guards = "warn"')
         lines += [f'        self.{attr} = mesh["{name}"]' for name, attr in axes.items()]
         first = base_path(block.instances[0]) if block.instances else ""
-        rows = [(self.order[join(first, rel)], f"        {self._declare(rel, t)}") for rel, t in self._declared(block).items()]
+        rows = [(self.order[join(first, rel)], Stmt(self._declare(rel, t))) for rel, t in self._declared(block).items()]
         rows += self._adds(block, first)
-        body = [text for _, text in sorted(rows, key=lambda r: r[0])]
+        body = [stmt for _, stmt in sorted(rows, key=lambda r: r[0])]
         if root:
             for t in self.graph.tensors:
                 # NB: a block may have declared the tensor under one of its other names; the first name in use is the original.
-                body += [f"        self.alias({string(alias)}, {string(t.name)})" for alias in t.aliases]
+                body += [Stmt(f"self.alias({string(alias)}, {string(t.name)})") for alias in t.aliases]
                 if t.aliases and t.name not in self.owner:
                     named = next(n for n in t.aliases if n in self.owner)
-                    body.append(f"        self.alias({string(t.name)}, {string(named)})")
-        lines += [line for text in body for line in text.split("\n")]
-        return [*lines, ""]
+                    body.append(Stmt(f"self.alias({string(t.name)}, {string(named)})"))
+        return [*lines, *print_body(body, 8), ""]
 
     def _declare(self, name: str, t: Tensor) -> str:
         self.imports.used.add("torch")
@@ -180,7 +180,7 @@ class Classes:
         parts += ["persistent=False"] if t.kind == "buffer" and not t.persistent else []
         return f"self.declare({', '.join(parts)})"
 
-    def _adds(self, block: LoweredBlock, first: str) -> Iterator[tuple[float, str]]:
+    def _adds(self, block: LoweredBlock, first: str) -> Iterator[tuple[float, Stmt]]:
         """Lines that add blocks, runs of siblings as a loop, each placed where the original module lists its first tensor."""
         added = list(self._added(block).items())
         i = 0
@@ -195,9 +195,9 @@ class Classes:
                 parent, dot, leaf = path.rpartition(".")
                 start = f"{leaf}, {int(leaf) + n}" if leaf != "0" else str(n)
                 name = f'f"{parent}{dot}{{i}}"'
-                yield where, f"        for i in range({start}):\n            self.add({name}, {cls}(mesh))"
+                yield where, Stmt(f"for i in range({start}):", body=(f"self.add({name}, {cls}(mesh))",))
             else:
-                yield where, f"        self.add({string(path)}, {cls}(mesh))"
+                yield where, Stmt(f"self.add({string(path)}, {cls}(mesh))")
             i += n
 
     # -- forward

@@ -83,27 +83,29 @@ def _fit(pad: str, text: str, note: str) -> list[str]:
 
 
 def _break(pad: str, text: str) -> list[str]:
-    """`head(a, b, c)tail` with the arguments packed on lines of their own."""
-    open_at, pieces, close_at = _outer(text)
-    if open_at < 0 or len(pieces) == 0:
+    """`head(a, b, c)tail` with what is between its widest brackets packed on lines of their own."""
+    opened, pieces, closed, comma = _outer(text)
+    if not pieces:
         return [pad + text]
-    subscript = text[open_at] == "["  # NB: there a comma after the last piece would make it a tuple
-    lines, row = [pad + text[: open_at + 1]], ""
-    for piece in pieces:
-        joined = f"{row} {piece}," if row else f"{pad}    {piece},"
-        if row and len(joined) > WIDTH:
-            lines.append(row)
-            joined = f"{pad}    {piece},"
-        row = joined
-    return [*lines, row[:-1] if subscript and not text[:close_at].rstrip().endswith(",") else row, pad + text[close_at:]]
+    inner, lines, row = pad + "    ", [pad + text[: opened + 1]], ""
+    for i, piece in enumerate(pieces):
+        piece += "," if comma or i < len(pieces) - 1 else ""
+        if row and len(f"{inner}{row} {piece}") <= WIDTH:
+            row = f"{row} {piece}"
+            continue
+        lines += [inner + row] if row else []
+        row = piece
+        if len(inner + row) > WIDTH:
+            lines += _break(inner, row)
+            row = ""
+    return [*lines, *([inner + row] if row else []), pad + text[closed:]]
 
 
-def _outer(text: str) -> tuple[int, list[str], int]:
-    """The widest parentheses of a call or brackets of a subscript: where they open, the pieces between commas, where they close.
-
-    (-1, [], -1) if there are none.
+def _outer(text: str) -> tuple[int, list[str], int, bool]:
+    """The widest brackets that may be broken: where they open, the pieces between commas, where they close, and whether a comma
+    may follow the last piece. (-1, [], -1, False) if there are none.
     """
-    best: tuple[int, list[str], int] = (-1, [], -1)
+    best: tuple[int, list[str], int, bool] = (-1, [], -1, False)
     stack: list[tuple[int, list[int]]] = []
     quote, i = "", 0
     while i < len(text):
@@ -121,10 +123,11 @@ def _outer(text: str) -> tuple[int, list[str], int]:
             stack[-1][1].append(i)
         elif ch in ")]}" and stack:
             start, commas = stack.pop()
-            called = ch in ")]" and start > 0 and (text[start - 1].isalnum() or text[start - 1] in "_])")
-            if called and i - start > best[2] - best[0] and text[start + 1 : i].strip():
-                ends = [*commas, i]
-                pieces = [text[a + 1 : b].strip() for a, b in zip([start, *commas], ends, strict=True)]
-                best = (start, [p for p in pieces if p], i)
+            if i - start > best[2] - best[0] and text[start + 1 : i].strip():
+                pieces = [text[a + 1 : b].strip() for a, b in zip([start, *commas], [*commas, i], strict=True)]
+                called = start > 0 and (text[start - 1].isalnum() or text[start - 1] in "_])")
+                # NB: a comma after the only piece would make a tuple of a subscript or of a group in parentheses.
+                comma = bool(commas) or ch == "}" or (called if ch == ")" else not called)
+                best = (start, [p for p in pieces if p], i, comma)
         i += 1
     return best
