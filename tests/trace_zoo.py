@@ -17,18 +17,20 @@ from autopar.trace.recording import Recording
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-MORE_CAUSAL = """gemma3_text starcoder2 cohere gptj qwen2_moe qwen3_moe deepseek_v2 deepseek_v3 gpt_oss mamba2 qwen3_next rwkv granite stablelm
-phi olmo nemotron glm codegen biogpt xglm helium""".split()
-MORE_MASKED = "albert deberta-v2 modernbert xlm-roberta longformer camembert mobilebert squeezebert mpnet layoutlm roformer nystromformer".split()
-MORE_SEQ2SEQ = "mbart marian pegasus switch_transformers mt5 blenderbot longt5 bigbird_pegasus".split()
-MORE_IMAGE = "beit mobilenet_v2 poolformer pvt efficientnet vit_msn regnet mobilevit".split()
-MORE_AUDIO = "wav2vec2 hubert".split()
+import models
+
+MORE_CAUSAL = """gemma3_text starcoder2 cohere gptj qwen2_moe qwen3_moe deepseek_v2 deepseek_v3 gpt_oss mamba2 qwen3_next rwkv granite
+stablelm phi olmo nemotron glm codegen biogpt xglm helium""".split()  # noqa: SIM905
+MORE_MASKED = """albert deberta-v2 modernbert xlm-roberta longformer camembert mobilebert squeezebert mpnet layoutlm roformer
+nystromformer""".split()  # noqa: SIM905
+MORE_SEQ2SEQ = ["mbart", "marian", "pegasus", "switch_transformers", "mt5", "blenderbot", "longt5", "bigbird_pegasus"]
+MORE_IMAGE = ["beit", "mobilenet_v2", "poolformer", "pvt", "efficientnet", "vit_msn", "regnet", "mobilevit"]
+MORE_AUDIO = ["wav2vec2", "hubert"]
 MORE = MORE_CAUSAL + MORE_MASKED + MORE_SEQ2SEQ + MORE_IMAGE + MORE_AUDIO
 
 
 def build(name: str) -> tuple[torch.nn.Module, dict[str, Any]]:
     """(module, forward arguments with labels) of a zoo or further architecture."""
-    import models
     import transformers as hf
 
     if name in models.ZOO:
@@ -38,17 +40,25 @@ def build(name: str) -> tuple[torch.nn.Module, dict[str, Any]]:
     if name == "mamba2":
         small = dict(hidden_size=64, num_heads=8, head_dim=16, expand=2, n_groups=1, state_size=8)
     if name in ("deepseek_v2", "deepseek_v3"):
-        small = dict(q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, n_routed_experts=4, n_group=1, topk_group=1,
+        small = dict(q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, n_routed_experts=4,
+                     n_group=1, topk_group=1,
                      num_experts_per_tok=2, first_k_dense_replace=1, moe_intermediate_size=32)  # fmt: skip
     if name == "rwkv":
         small = dict(attention_hidden_size=64)
     if name == "longformer":
         small = dict(attention_window=8)
     if name in MORE_AUDIO:
-        small = dict(conv_dim=(16, 16), conv_kernel=(10, 3), conv_stride=(5, 2), num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2,
+        small = dict(conv_dim=(16, 16), conv_kernel=(10, 3), conv_stride=(5, 2), num_conv_pos_embeddings=16,
+                     num_conv_pos_embedding_groups=2,
                      num_feat_extract_layers=2, vocab_size=32, mask_time_length=2)  # fmt: skip
     cfg = models.config(name, **small)
-    kinds = {"CausalLM": MORE_CAUSAL, "MaskedLM": MORE_MASKED, "Seq2SeqLM": MORE_SEQ2SEQ, "ImageClassification": MORE_IMAGE, "CTC": MORE_AUDIO}
+    kinds = {
+        "CausalLM": MORE_CAUSAL,
+        "MaskedLM": MORE_MASKED,
+        "Seq2SeqLM": MORE_SEQ2SEQ,
+        "ImageClassification": MORE_IMAGE,
+        "CTC": MORE_AUDIO,
+    }
     kind = next(k for k, names in kinds.items() if name in names)
     model = getattr(hf, f"AutoModelFor{kind}").from_config(cfg).train()
     ids = torch.randint(3, models.VOCAB - 1, (2, models.SEQ))

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from autopar.ir.graph import Graph
 
 
-def trace(module: torch.nn.Module, dummy_forward_args: Mapping[str, Any], *, strategy: str = "auto", constant_folding: bool = False) -> Graph:
+def trace(
+    module: torch.nn.Module, dummy_forward_args: Mapping[str, Any], *, strategy: str = "auto", constant_folding: bool = False
+) -> Graph:
     """Run `module` once on the dummy inputs (forward argument name -> value) and return what it computes.
 
     strategy: what executes the ops (docs/tracing.md). constant_folding: bake input shapes in.

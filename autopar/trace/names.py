@@ -63,7 +63,9 @@ def import_name(obj: Any) -> str:
     except (AttributeError, ImportError):
         found = None
     if found is not obj:
-        raise TraceError(f"{module}.{qual} cannot be imported by its name; move it to the top level of a module, so that generated code can import it")
+        raise TraceError(
+            f"{module}.{qual} cannot be imported by its name; move it to the top level of a module, so that generated code can import it"
+        )
     return f"{module}:{qual}"
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from autopar.trace import symbolic
 from autopar.trace.leaves import LEAVES
@@ -85,6 +86,7 @@ def patched(tracer: Any) -> Iterator[None]:
         for holder, names in _draws():
             for name in names:
                 stack.enter_context(replaced(holder, name, _draw(tracer, getattr(holder, name), f"{holder.__name__}.{name}")))
+        stack.enter_context(replaced(torch.autocast, "__init__", _autocast(tracer)))
         stack.enter_context(replaced(torch, "from_numpy", _from_numpy(tracer, torch.from_numpy)))
         # NB: torch logs a missing fake kernel as an error; the strategy deals with it
         stack.enter_context(replaced(logging.getLogger("torch._subclasses.fake_tensor"), "disabled", True))
@@ -94,6 +96,19 @@ def patched(tracer: Any) -> Iterator[None]:
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
+
+
+class Watch(TorchDispatchMode):
+    """Sees the operations themselves, so that code which bypasses the torch-function level (a C++ extension) is noticed."""
+
+    def __init__(self, tracer: Any) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self.tracer.off and self.tracer.live:
+            self.tracer.unseen(f"{func} is called by code the tracer cannot see")
+        return func(*args, **(kwargs or {}))
 
 
 def _module_call(tracer: Any) -> Callable[..., Any]:
@@ -215,15 +230,25 @@ def _scripted(tracer: Any) -> Callable[..., Any]:
     return __call__
 
 
+def _autocast(tracer: Any) -> Callable[..., Any]:
+    plain = torch.autocast.__init__
+
+    def __init__(self: Any, device_type: str, dtype: Any = None, enabled: bool = True, cache_enabled: Any = None) -> None:
+        plain(self, device_type, dtype, enabled, cache_enabled)
+        if enabled and not self._enabled and not tracer.off:
+            tracer.warn(f"autocast for {device_type} does nothing without such a device, and is not recorded; trace where there is one")
+
+    return __init__
+
+
 def _draws() -> list[tuple[Any, list[str]]]:
     """Python and NumPy functions whose results are frozen by a trace."""
-    found: list[tuple[Any, list[str]]] = [
-        (random, ["random", "randint", "randrange", "uniform", "choice", "choices", "sample", "shuffle", "gauss", "normalvariate", "getrandbits"])
-    ]
+    python = "random randint randrange uniform choice choices sample shuffle gauss normalvariate getrandbits"
+    found: list[tuple[Any, list[str]]] = [(random, python.split())]
     numpy_random = sys.modules.get("numpy.random")
     if numpy_random is not None:
-        names = ["rand", "randn", "randint", "random", "uniform", "normal", "choice", "shuffle", "permutation", "random_sample", "binomial", "beta", "poisson"]
-        found.append((numpy_random, names))
+        numpy = "rand randn randint random uniform normal choice shuffle permutation random_sample binomial beta poisson"
+        found.append((numpy_random, numpy.split()))
     return found
 
 
@@ -240,6 +265,7 @@ def _from_numpy(tracer: Any, plain: Callable[..., Any]) -> Callable[..., Any]:
     def from_numpy(array: Any) -> Any:
         if not tracer.off:
             tracer.warn("torch.from_numpy makes a constant of the trace")
-        return plain(array)
+        with tracer.hidden():
+            return plain(array)
 
     return from_numpy

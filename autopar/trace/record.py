@@ -4,6 +4,7 @@ Must not know single ops (tracer.py).
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 from collections.abc import Mapping
@@ -15,17 +16,20 @@ from autopar.config import TRACE_STRATEGIES
 from autopar.errors import ConfigError, TraceError, suggest
 from autopar.ir.graph import Argument, Ref, Tensor, refs
 from autopar.trace import trees
+from autopar.trace.ledger import ValueReadError
 from autopar.trace.names import qualified
-from autopar.trace.patches import patched
+from autopar.trace.patches import Watch, patched
 from autopar.trace.recording import RecordedOp, Recording
 from autopar.trace.state import ModuleState, RandomState
 from autopar.trace.strategies import Real, pick
-from autopar.trace.tracer import Tracer, ValueReadError
+from autopar.trace.tracer import Tracer
 
 log = logging.getLogger("autopar.trace")
 
 
-def record(module: torch.nn.Module, dummy_forward_args: Mapping[str, Any], *, strategy: str = "auto", constant_folding: bool = False) -> Recording:
+def record(
+    module: torch.nn.Module, dummy_forward_args: Mapping[str, Any], *, strategy: str = "auto", constant_folding: bool = False
+) -> Recording:
     """Run the module once on the dummy inputs (forward argument name -> value) and return everything it did.
 
     The module, its gradients and the random generators are as before afterwards. Raises TraceError for what cannot be
@@ -33,10 +37,15 @@ def record(module: torch.nn.Module, dummy_forward_args: Mapping[str, Any], *, st
     """
     if not isinstance(module, torch.nn.Module):
         raise TraceError(f"a {type(module).__name__} cannot be traced; give a torch.nn.Module")
-    if isinstance(module, torch.jit.ScriptModule):
-        raise TraceError("a ScriptModule cannot be traced; give the module it was scripted from")
+    for path, m in module.named_modules():
+        if isinstance(m, torch.jit.ScriptModule):
+            raise TraceError(
+                f"{path or 'the module'} is a ScriptModule, which the tracer cannot look into; use the module it was scripted from"
+            )
     if not isinstance(dummy_forward_args, Mapping):
-        raise TraceError(f"dummy_forward_args is a {type(dummy_forward_args).__name__}; it must be a dict of forward argument name to value")
+        raise TraceError(
+            f"dummy_forward_args is a {type(dummy_forward_args).__name__}; it must be a dict of forward argument name to value"
+        )
     if strategy not in TRACE_STRATEGIES:
         raise ConfigError(f"unknown trace_strategy {strategy!r}: {suggest(strategy, TRACE_STRATEGIES)}")
     params, given = trees.call_of(module, dummy_forward_args)
@@ -83,7 +92,10 @@ class _Run:
             tensors, buffers = self._place(tracer)
             values, arguments = self._inputs(tracer)
             args, kwargs = trees.bind(self.params, values)
-            with patched(tracer), tracer:
+            watch = (
+                contextlib.nullcontext() if self.strategy.name == "meta" else Watch(tracer)
+            )  # NB: unseen fake tensors are noticed anyway
+            with patched(tracer), watch, tracer:
                 try:
                     out = module(*args, **kwargs)
                 except TraceError:
@@ -101,7 +113,9 @@ class _Run:
                 tracer.warnings["Python or NumPy random numbers were drawn: they are constants of the trace"] = None
             for name in state.new_attributes():
                 if name not in {n.rpartition(".")[2] for n, _ in buffers_set}:
-                    tracer.warnings[f"forward sets the attribute {name!r} to a tensor; generated code does not keep it between calls"] = None
+                    tracer.warnings[f"forward sets the attribute {name!r} to a tensor; generated code does not keep it between calls"] = (
+                        None
+                    )
         finally:
             tracer.live = False
             if collect:
@@ -149,7 +163,9 @@ class _Run:
                     continue
                 name, *aliases = names[key_id]
                 dtype = str(t.dtype).removeprefix("torch.")
-                described = Tensor(name, "buffer" if buffer else "param", tuple(t.shape), dtype, t.requires_grad, persistent, tuple(aliases))
+                described = Tensor(
+                    name, "buffer" if buffer else "param", tuple(t.shape), dtype, t.requires_grad, persistent, tuple(aliases)
+                )
                 tensors.append(described)
                 stand_ins[key_id] = self.strategy.place(t, buffer)
                 tracer.place(name, described, t, stand_ins[key_id])
@@ -183,7 +199,9 @@ class _Run:
                 tree = trees.encode(values[p.name], lambda t: Ref(_found(tracer, t)), f"the value of forward argument {p.name!r}")
             argument = trees.argument(p, tree, given)
             if not given:
-                argument = trees.argument(p, () if p.kind is p.VAR_POSITIONAL else {} if p.kind is p.VAR_KEYWORD else argument.default, given)
+                argument = trees.argument(
+                    p, () if p.kind is p.VAR_POSITIONAL else {} if p.kind is p.VAR_KEYWORD else argument.default, given
+                )
             arguments.append(argument)
         return values, tuple(arguments)
 

@@ -79,7 +79,7 @@ class Real:
     def place(self, tensor: Tensor, buffer: bool) -> Tensor:
         """What stands in for a parameter or buffer of the module while tracing. Buffers are always copies."""
         if tensor.is_meta:
-            raise TraceError(f"trace_strategy={self.name!r} runs the model for real, but its tensors are on the meta device; use 'meta' or give them values")
+            raise TraceError(f"trace_strategy={self.name!r} runs the model for real, but its tensors are on the meta device; use 'meta'")
         if not buffer and tensor.device == self.device:
             return tensor
         with torch.no_grad():
@@ -91,7 +91,9 @@ class Real:
     def input(self, tensor: Tensor) -> Tensor:
         """A private copy of an input."""
         if tensor.is_meta:
-            raise TraceError(f"trace_strategy={self.name!r} runs the model for real, but an input is on the meta device; use 'meta' or give a real input")
+            raise TraceError(
+                f"trace_strategy={self.name!r} runs the model for real, but an input is on the meta device; use 'meta' or give a real input"
+            )
         return tensor.detach().to(self.device, copy=True).requires_grad_(tensor.requires_grad)
 
     def constant(self, tensor: Tensor) -> Tensor:
@@ -117,7 +119,11 @@ class Meta(Real):
 
     def fake(self, tensor: Tensor) -> FakeTensor:
         with torch.no_grad():
-            shape = tensor.detach() if tensor.is_meta else torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
+            shape = (
+                tensor.detach()
+                if tensor.is_meta
+                else torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
+            )
             return FakeTensor(self.mode, shape, self.device)
 
     def place(self, tensor: Tensor, buffer: bool) -> Tensor:

@@ -5,60 +5,36 @@ Must not know blocks (build.py) nor what the recording is used for; how ops are 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
 from autopar.errors import TraceError
-from autopar.ir.graph import Context, Global, Ref, Source, Tensor
-from autopar.trace import symbolic, trees
+from autopar.ir.graph import Context, Ref, Source, refs
+from autopar.trace import trees
 from autopar.trace.known import BLANK, BY_CONTENT, DATA_SHAPES, DETACHED, ELIDED, FROM_DATA, READS, Known, classify
-from autopar.trace.names import import_name, qualified
-from autopar.trace.recording import Enter, Exit, RecordedGuard, RecordedOp
-from autopar.trace.sources import Sources
+from autopar.trace.ledger import Ledger
+from autopar.trace.names import import_name
+from autopar.trace.recording import RecordedOp
 from autopar.trace.state import ModuleState
 from autopar.trace.strategies import Real, ValueNeeded, map_tensors
-from autopar.trace.values import DATA_SHAPE, INPUT, NUMBERS, PARAM, RANDOM, SHAPE, Values
+from autopar.trace.values import DATA_SHAPE, INPUT, NUMBERS, PARAM, RANDOM, SHAPE
 
 LIST_LIMIT = 4096  # elements: larger lists read from tensors are not guarded
-DEVICE = Global("autopar:device")
-
-_functorch_level = torch._C._functorch.peek_interpreter_stack
 
 
-class ValueReadError(TraceError):
-    """The model reads numbers that the strategy does not compute."""
-
-
-class Tracer(TorchFunctionMode):
-    """Records while active as a mode. `live` is False once the trace is over; `off` is True inside a recorded call."""
+class Tracer(Ledger, TorchFunctionMode):
+    """Records while active as a mode."""
 
     def __init__(self, module: torch.nn.Module, strategy: Real, *, fold: bool, device: torch.device, state: ModuleState) -> None:
-        super().__init__()
-        self.strategy, self.fold, self.device, self.state = strategy, fold, device, state
-        self.live, self.off, self.op_failed = True, False, False
-        self.values = Values()
-        self.events: list[RecordedOp | RecordedGuard | Enter | Exit] = []
-        self.warnings: dict[str, None] = {}
-        self.constants: dict[str, torch.Tensor] = {}
-        self.failure: TraceError | None = None
-        self.sources = Sources()
-        self.paths: dict[int, str] = {}
-        for name, m in module.named_modules():
-            self.paths[id(m)] = name
-        self.modules: list[tuple[str, torch.nn.Module | None]] = []  # the module calls that run, outermost first
+        TorchFunctionMode.__init__(self)
+        Ledger.__init__(self, module, strategy, fold=fold, device=device, state=state)
+        self.op_failed = False  # a call raised while it was executed
         self._known: dict[Any, Known] = {}
-        self._contexts: dict[Any, Context] = {}
-        self._external: dict[int, tuple[str, Tensor, torch.Tensor]] = {}  # id -> (name, description, what stands in for it)
-        self._shared: set[int] = set()  # memories that outlive the run: inputs, parameters, buffers, constants
-        self._scopes: list[dict[Any, Any]] = [{}]  # scalars computed so far in each running region
         self._inlined: dict[Any, Callable[..., Any]] = {}
-        # of the call being recorded
-        self._tensors: list[torch.Tensor] = []
-        self._bits = 0
-        self._remap = False
 
     # ---- the mode ---------------------------------------------------------------------------------------------------
 
@@ -94,17 +70,6 @@ class Tracer(TorchFunctionMode):
         out = self._run(known, func, args, kwargs, tensors, bits)
         return self._record(known, rec_args, rec_kwargs, args, kwargs, tensors, bits, versions, out)
 
-    def _encode_call(self, known: Known, args: Any, kwargs: Any) -> tuple[list[torch.Tensor], int, tuple[Any, ...], dict[str, Any]]:
-        if _functorch_level() is not None:
-            self.unseen(f"{known.short} inside torch.vmap or torch.func")
-        self._tensors, self._bits, self._remap = [], 0, False
-        encode = self._encode
-        rec_args = tuple([encode(a, known) for a in args])
-        rec_kwargs = {k: encode(v, known) for k, v in kwargs.items()} if kwargs else {}
-        if isinstance(rec_kwargs.get("device"), (str, int)) or (known.short == "to" and len(args) > 1 and type(args[1]) is str):
-            rec_args, rec_kwargs = self._devices(rec_args, rec_kwargs)
-        return self._tensors, self._bits, rec_args, rec_kwargs
-
     def _run(self, known: Known, func: Callable[..., Any], args: Any, kwargs: Any, tensors: list[torch.Tensor], bits: int) -> Any:
         self.off = True
         try:
@@ -118,7 +83,16 @@ class Tracer(TorchFunctionMode):
             self.off = False
 
     def _record(
-        self, known: Known, rec_args: Any, rec_kwargs: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor], bits: int, versions: list[int], out: Any
+        self,
+        known: Known,
+        rec_args: Any,
+        rec_kwargs: Any,
+        args: Any,
+        kwargs: Any,
+        tensors: list[torch.Tensor],
+        bits: int,
+        versions: list[int],
+        out: Any,
     ) -> Any:
         values = self.values
         short = known.short
@@ -139,9 +113,8 @@ class Tracer(TorchFunctionMode):
             if not any(t is w for w in written):
                 written.append(t)
         keep = {id(t) for t in written}
-        if isinstance(out, torch.Tensor) and id(out) not in keep and values.find(out) is not None:
-            if short in ELIDED and not written:
-                return out
+        if short in ELIDED and not written and isinstance(out, torch.Tensor) and values.find(out) is not None:
+            return out
         source, names = self.sources.where(2)
         out = self._unshare(out, keep)
         pairs: list[tuple[int, int]] = []
@@ -165,19 +138,20 @@ class Tracer(TorchFunctionMode):
 
         if isinstance(out, torch.Tensor):
             tree: Any = bind(out, names[0] if len(names) == 1 else _plain_name(short))
-        elif isinstance(out, (tuple, list)) and len(names) == len(out):
-            tree = type(out)([trees.encode(o, lambda t, n=n: bind(t, n), "result") for o, n in zip(out, names)]) if type(out) in (tuple, list) else tuple(
-                [trees.encode(o, lambda t, n=n: bind(t, n), "result") for o, n in zip(out, names)]
-            )
+        elif isinstance(out, (tuple, list)) and not hasattr(out, "_fields") and len(names) == len(out):
+            parts = [trees.encode(o, partial(bind, name=n), f"the result of {known.fn}") for o, n in zip(out, names, strict=True)]
+            tree = parts if isinstance(out, list) else tuple(parts)
         else:
             name = names[0] if len(names) == 1 else _plain_name(short)
-            tree = trees.encode(out, lambda t: bind(t, name), f"the result of {known.fn}")
-        if not pairs and not any(True for _ in _leaves(tree)):
+            tree = trees.encode(out, partial(bind, name=name), f"the result of {known.fn}")
+        if not pairs and next(refs(tree), None) is None:
             return self._no_tensor(known, bits, out, tensors, effect, rec_args, rec_kwargs, source, ctx)
         self.events.append(RecordedOp(known.fn, rec_args, rec_kwargs, tree, source, ctx, tuple(pairs), effect, training))
         return out
 
-    def _no_tensor(self, known: Known, bits: int, out: Any, tensors: Any, effect: bool, rec_args: Any, rec_kwargs: Any, source: Source, ctx: Context) -> Any:
+    def _no_tensor(
+        self, known: Known, bits: int, out: Any, tensors: Any, effect: bool, rec_args: Any, rec_kwargs: Any, source: Source, ctx: Context
+    ) -> Any:
         """A call that gave no tensor: an effect to keep, or a number read from tensors."""
         if effect or known.short in ("register_hook", "retain_grad") or known.fn.startswith(("apply:", "torch.ops.")) or ":" in known.fn:
             self.events.append(RecordedOp(known.fn, rec_args, rec_kwargs, None, source, ctx, (), True))
@@ -193,11 +167,8 @@ class Tracer(TorchFunctionMode):
         def fresh(t: torch.Tensor) -> torch.Tensor:
             if id(t) in keep or self.values.find(t) is None:
                 return t
-            self.off = True
-            try:
+            with self.hidden():
                 return self.strategy.run(torch.ops.aten.alias.default, (t,), {}, [t], writes=False, params=False)  # type: ignore[no-any-return]
-            finally:
-                self.off = False
 
         if isinstance(out, torch.Tensor):
             return fresh(out)
@@ -219,33 +190,17 @@ class Tracer(TorchFunctionMode):
                 break
         return values.list[vid].storage in self._shared and short != "detach_"
 
-    def _save_before_write(self, t: torch.Tensor) -> None:
-        vid = self.values.find(t)
-        if vid is not None and self.strategy.name != "meta":
-            memory = self.values.list[vid].storage
-            if memory in self._shared:
-                for _, (_, tensor, stand_in) in self._external.items():
-                    found = self.values.find(stand_in)
-                    if tensor.kind != "buffer" and found is not None and self.values.list[found].storage == memory:
-                        self.state.save_data(stand_in)
-
     def _counts_batches(self, vid: int) -> bool:
         module = self.modules[-1][1] if self.modules else None
-        name = self.values.list[vid].qualified
-        return isinstance(module, torch.nn.modules.batchnorm._NormBase) and (name or self._first_name(vid)).endswith("num_batches_tracked")
-
-    def _first_name(self, vid: int) -> str:
-        return self.values.list[vid].name
+        counted = self.values.list[vid].name == "num_batches_tracked"  # a new version keeps the name
+        return counted and isinstance(module, torch.nn.modules.batchnorm._NormBase)
 
     # ---- other kinds of calls ---------------------------------------------------------------------------------------
 
     def _free(self, known: Known, func: Any, args: Any, kwargs: Any) -> Any:
         args, kwargs = self._local(args), self._local(kwargs)
-        self.off = True
-        try:
+        with self.hidden():
             return func(*args, **kwargs)
-        finally:
-            self.off = False
 
     def _size(self, known: Known, func: Any, args: Any, kwargs: Any) -> Any:
         out = self._free(known, func, args, kwargs)
@@ -313,7 +268,7 @@ class Tracer(TorchFunctionMode):
 
     def _grad_flag(self, known: Known, func: Any, args: Any, kwargs: Any) -> Any:
         """x.requires_grad_() and x.requires_grad = flag: no numbers change, only who gets a gradient."""
-        tensors, _, rec_args, rec_kwargs = self._encode_call(known, args, kwargs)
+        tensors, _, rec_args, _ = self._encode_call(known, args, kwargs)
         out = self._free(known, func, args, kwargs)
         flag = args[1] if len(args) > 1 else kwargs.get("requires_grad", True)
         vid = self.values.find(tensors[0])
@@ -332,209 +287,6 @@ class Tracer(TorchFunctionMode):
             self.fail("assigning to x.data cannot be recorded; write x.copy_(...) under torch.no_grad() instead")
         return None
 
-    # ---- arguments --------------------------------------------------------------------------------------------------
-
-    def _encode(self, a: Any, known: Known) -> Any:
-        kind = type(a)
-        if kind is torch.device:
-            return self._device(a)
-        if kind in trees.LITERALS:
-            return a
-        if isinstance(a, torch.Tensor) or kind in symbolic.SCALARS:
-            return self._leaf(a)
-        if kind is tuple or kind is torch.Size:
-            return tuple([self._encode(x, known) for x in a])
-        if kind is list:
-            return [self._encode(x, known) for x in a]
-        try:
-            return trees.encode(a, self._leaf, f"an argument of {known.fn or known.short}")
-        except TraceError as e:
-            self.fail(str(e))
-
-    def _leaf(self, a: Any) -> Ref:
-        if type(a) in symbolic.SCALARS:
-            self._remap = True
-            if a.tracer is not self:
-                return symbolic.plain(a)  # type: ignore[no-any-return]
-            self._bits |= self.values.bits[a.vid] | SHAPE
-            return self.values.refs[a.vid]
-        vid = self.values.find(a)
-        if vid is None:
-            vid = self._adopt(a)
-            a = self._canonical(a)
-        self._tensors.append(a)
-        self._bits |= self.values.bits[vid]
-        return self.values.refs[vid]
-
-    def _device(self, device: torch.device) -> Any:
-        if device == self.device or device == self.strategy.device or (self.strategy.name == "meta" and device.type in ("meta", "cuda")):
-            if device != self.strategy.device:
-                self._remap = True
-            return DEVICE
-        return device
-
-    def _devices(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """Device names given as text."""
-        if isinstance(kwargs.get("device"), (str, int)):
-            kwargs["device"] = self._device(torch.device(kwargs["device"]))
-        if len(args) > 1 and type(args[1]) is str:
-            args = (args[0], self._device(torch.device(args[1])), *args[2:])
-        self._remap = True
-        return args, kwargs
-
-    def _local(self, tree: Any) -> Any:
-        """Arguments as the strategy runs them: stand-ins for the user's tensors, plain numbers, its own device."""
-        kind = type(tree)
-        if isinstance(tree, torch.Tensor):
-            return self._canonical(tree)
-        if kind in symbolic.SCALARS:
-            return symbolic.plain(tree)
-        if kind is torch.device:
-            return self.strategy.device if self._device(tree) is DEVICE else tree
-        if kind is tuple or kind is torch.Size:
-            return tuple([self._local(x) for x in tree])
-        if kind is list:
-            return [self._local(x) for x in tree]
-        if kind is dict:
-            out = {k: self._local(v) for k, v in tree.items()}
-            if isinstance(out.get("device"), (str, int)) and self._device(torch.device(out["device"])) is DEVICE:
-                out["device"] = self.strategy.device
-            return out
-        if kind is slice:
-            return slice(self._local(tree.start), self._local(tree.stop), self._local(tree.step))
-        if isinstance(tree, tuple) and hasattr(kind, "_fields"):
-            return kind(*[self._local(x) for x in tree])
-        return tree
-
-    # ---- tensors that were there before -----------------------------------------------------------------------------
-
-    def place(self, name: str, described: Tensor, original: torch.Tensor, stand_in: torch.Tensor) -> None:
-        """Make a parameter or buffer known; it becomes a value when it is first used."""
-        entry = (name, described, stand_in)
-        self._external[id(original)] = entry
-        self._external[id(stand_in)] = entry
-
-    def input(self, tensor: torch.Tensor, name: str) -> int:
-        grad = tensor.is_floating_point() or tensor.is_complex()
-        vid = self.values.tensor(tensor, name, "input", grad=grad, bits=INPUT | SHAPE)
-        self._shared.add(self.values.list[vid].storage)
-        return vid
-
-    def _canonical(self, t: torch.Tensor) -> torch.Tensor:
-        entry = self._external.get(id(t))
-        return t if entry is None else entry[2]
-
-    def _adopt(self, t: torch.Tensor) -> int:
-        """The value of a tensor that no recorded op made: a parameter, buffer or constant."""
-        entry = self._external.get(id(t))
-        if entry is None:
-            entry = self._constant(t)
-        name, described, stand_in = entry
-        if stand_in is not t:
-            self._remap = True
-        vid = self.values.find(stand_in)
-        if vid is not None:
-            return vid
-        bits = {"param": PARAM, "buffer": INPUT, "constant": 0}[described.kind]
-        vid = self.values.tensor(stand_in, name.rpartition(".")[2], described.kind, grad=described.grad, bits=bits, qualified=name)
-        self._shared.add(self.values.list[vid].storage)
-        return vid
-
-    def _constant(self, t: torch.Tensor) -> tuple[str, Tensor, torch.Tensor]:
-        if t.grad_fn is not None:
-            self.unseen(f"a tensor was made by code the tracer cannot see (its grad_fn is {t.grad_fn.name()})")
-        if t.requires_grad:
-            self.fail("a tensor that requires grad is neither a registered parameter of the module nor an input; register it (nn.ParameterList for lists)")
-        stand_in = self.strategy.constant(t)
-        if not self.strategy.readable(t) or t.is_meta:
-            if t.is_meta:
-                self.fail("a tensor attribute on the meta device has no numbers; make it a registered buffer")
-            self.unseen("a tensor was made by code the tracer cannot see")
-        path = self.modules[-1][0] if self.modules else ""
-        n = 0
-        while (name := f"{path}.constant{n}".lstrip(".")) in self.constants:
-            n += 1
-        self.constants[name] = t.detach().clone()
-        self.state.save_data(t)
-        described = Tensor(name, "constant", tuple(t.shape), str(t.dtype).removeprefix("torch."), False)
-        self.place(name, described, t, stand_in)
-        self._keep = [*getattr(self, "_keep", ()), t, stand_in]
-        return self._external[id(t)]
-
-    def described_constants(self) -> list[Tensor]:
-        found = {e[0]: e[1] for e in self._external.values() if e[1].kind == "constant"}
-        return list(found.values())
-
-    # ---- scalars (called by symbolic.py) ----------------------------------------------------------------------------
-
-    def size(self, vid: int, dim: int, value: int) -> Any:
-        bits = self.values.bits[vid]
-        return self.scalar("torch.Tensor.size", (self.values.refs[vid], dim), value, f"size_{dim}", (bits & (DATA_SHAPE | SHAPE)) | INPUT | self._of_data(bits))
-
-    @staticmethod
-    def _of_data(bits: int) -> int:
-        return bits & NUMBERS if bits & DATA_SHAPE else 0
-
-    def scalar(self, fn: str, args: tuple[Any, ...], value: Any, name: str, bits: int) -> Any:
-        """The symbolic result of a scalar op; computed once in each region."""
-        key = (fn, *[(type(a), a) for a in args])
-        found = self._scopes[-1].get(key)
-        if found is None:
-            source, names = self.sources.where(2)
-            vid = self.values.scalar(value, names[0] if len(names) == 1 else name, bits)
-            self.events.append(RecordedOp(fn, args, {}, self.values.refs[vid], source, self.context()))
-            found = self._scopes[-1][key] = vid
-        return value if isinstance(value, bool) else symbolic.make(value, self, found)
-
-    def scalar_op(self, fn: str, operands: tuple[Any, ...], value: Any) -> Any:
-        if self.off:
-            return value
-        args, bits = self._operands(operands)
-        return self.scalar(fn, args, value, fn.rpartition(".")[2], bits)
-
-    def scalar_compare(self, fn: str, a: Any, b: Any, result: bool) -> bool:
-        if not self.off:
-            args, bits = self._operands((a, b))
-            self.scalar(fn, args, result, fn.rpartition(".")[2], bits)
-            self.read(self._scopes[-1][(fn, *[(type(x), x) for x in args])], "bool", result)
-        return result
-
-    def scalar_guard(self, x: Any) -> None:
-        if not self.off:
-            value = symbolic.plain(x)
-            self.read(x.vid, "int" if isinstance(value, int) else "float", value)
-
-    def _operands(self, operands: tuple[Any, ...]) -> tuple[tuple[Any, ...], int]:
-        bits = 0
-        out = []
-        for o in operands:
-            if type(o) in symbolic.SCALARS and o.tracer is self:
-                bits |= self.values.bits[o.vid]
-                out.append(self.values.refs[o.vid])
-            else:
-                out.append(symbolic.plain(o))
-        return tuple(out), bits
-
-    # ---- regions ----------------------------------------------------------------------------------------------------
-
-    def enter(self, path: str, cls: str, module: torch.nn.Module | None, recompute: bool = False) -> None:
-        self.events.append(Enter(path, cls, recompute))
-        self.modules.append((path, module))
-        self._scopes.append({})
-
-    def exit(self) -> None:
-        self.events.append(Exit())
-        self.modules.pop()
-        self._scopes.pop()
-
-    def enter_recompute(self, fn: Any) -> None:
-        """A checkpointed function begins: a region of its own at the enclosing module's path."""
-        path, module = self.modules[-1] if self.modules else ("", None)
-        while hasattr(fn, "func"):  # functools.partial
-            fn = fn.func
-        target = fn if hasattr(fn, "__qualname__") else type(fn)
-        self.enter(path, qualified(target), module, True)
-
     def leaf(self, fn: Any, body: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A call of a function registered as one op, or of an autograd.Function (fn is its class)."""
         known = self._known.get(fn)
@@ -546,55 +298,6 @@ class Tracer(TorchFunctionMode):
             apply = "apply:" if isinstance(fn, type) else ""
             known = self._known[fn] = Known(apply + name, "op", fn.__name__)
         return self.call(known, body, args, kwargs)
-
-    # ---- reads, messages --------------------------------------------------------------------------------------------
-
-    def read(self, vid: int, how: str, expected: Any) -> None:
-        """The program looked at a value: a guard if only inputs decide it, a warning if more does."""
-        bits = self.values.bits[vid]
-        if bits & PARAM:
-            self.warn("a value that depends on parameters is read: the path taken is frozen")
-        elif bits & RANDOM:
-            self.warn("a random number is read: the path taken is frozen")
-        elif bits & INPUT:
-            key = ("guard", vid, how)
-            if key not in self._scopes[-1]:
-                self._scopes[-1][key] = True
-                source, _ = self.sources.where(2)
-                self.events.append(RecordedGuard(self.values.refs[vid], how, expected, source))
-
-    def warn(self, what: str) -> None:
-        source, _ = self.sources.where(2)
-        self.warnings[f"{source}: `{source.text}`: {what}"] = None
-
-    def fail(self, what: str, error: type[TraceError] = TraceError) -> NoReturn:
-        """Stop the trace; the message names the user's line. Kept, in case the model swallows the exception."""
-        source, _ = self.sources.where(2)
-        failure = error(f"{source}: `{source.text}`: {what}")
-        self.failure = self.failure or failure
-        raise failure
-
-    def unseen(self, what: str) -> NoReturn:
-        self.fail(f"{what}; the tracer cannot look inside: register the enclosing function as one op with autopar.register_op")
-
-    def need_values(self, what: str) -> NoReturn:
-        self.fail(
-            f"{what} numbers that depend on parameters or floating inputs, which trace_strategy='meta' does not compute; "
-            "use 'cpu', 'cuda', 'cuda_run_cpu_offload' or 'reuse_cache'",
-            ValueReadError,
-        )
-
-    def context(self) -> Context:
-        """The ambient state an op runs under."""
-        on = tuple([d for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)])
-        key: Any = (torch.is_grad_enabled(), on)
-        if on:
-            key = (*key, *[torch.get_autocast_dtype(d) for d in on])
-        found = self._contexts.get(key)
-        if found is None:
-            autocast = tuple((d, str(torch.get_autocast_dtype(d)).removeprefix("torch."), True) for d in on)
-            found = self._contexts[key] = Context(key[0], autocast)
-        return found
 
 
 def _version(t: torch.Tensor) -> int:
@@ -639,9 +342,3 @@ def _holds_array(tree: Any) -> bool:
 
 def _plain_name(short: str) -> str:
     return short.strip("_") or "value"
-
-
-def _leaves(tree: Any) -> Any:
-    from autopar.ir.graph import refs
-
-    return refs(tree)

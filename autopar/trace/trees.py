@@ -48,7 +48,9 @@ def encode(x: Any, leaf: Callable[[Any], Any], what: str) -> Any:
         return x.item()
     if isinstance(x, tuple):
         if hasattr(kind, "_fields"):
-            return Struct(import_name(kind), tuple(kind._fields), tuple(encode(i, leaf, f"{what}.{n}") for n, i in zip(kind._fields, x, strict=True)))
+            return Struct(
+                import_name(kind), tuple(kind._fields), tuple(encode(i, leaf, f"{what}.{n}") for n, i in zip(kind._fields, x, strict=True))
+            )
         return tuple([encode(i, leaf, what) for i in x])  # torch.return_types
     if isinstance(x, Mapping) and all(isinstance(k, str) for k in x):
         return Struct(import_name(kind), tuple(x), tuple(encode(v, leaf, f"{what}.{k}") for k, v in x.items()))
@@ -61,7 +63,9 @@ def encode(x: Any, leaf: Callable[[Any], Any], what: str) -> Any:
         if isinstance(x, base):
             return base(x)
     hint = "; call the model with use_cache=False" if kind.__name__.endswith("Cache") else ""
-    raise TraceError(f"{what} is a {qualified(kind)}, which generated code cannot hold{hint or ' (tensors, numbers, containers and dataclasses can)'}")
+    raise TraceError(
+        f"{what} is a {qualified(kind)}, which generated code cannot hold{hint or ' (tensors, numbers, containers and dataclasses can)'}"
+    )
 
 
 def _key(k: Any, what: str) -> Any:
