@@ -166,9 +166,20 @@ def apply_step(t: Type, step: Step) -> Type:
     return (*t[: step.axis], step.dst, *t[step.axis + 1 :])
 
 
+def divides(shape: tuple[int, ...], t: Type, mesh: Mesh) -> bool:
+    """Whether every shard of a value of this shape is even."""
+    left = list(shape)
+    for a, k in zip(t, mesh.sizes, strict=True):
+        if a.kind == "S":
+            if a.dim >= len(left) or left[a.dim] % (k * a.outer):
+                return False
+            left[a.dim] //= k
+    return True
+
+
 @lru_cache(maxsize=65536)
-def _path(src: Type, dst: Type, mesh: Mesh, grad: bool) -> tuple[tuple[Step, ...], float]:
-    """Cheapest legal chain of single-axis conversions and its cost for one logical byte."""
+def _path(src: Type, dst: Type, mesh: Mesh, grad: bool, shape: tuple[int, ...] | None) -> tuple[tuple[Step, ...], float]:
+    """Cheapest legal chain of single-axis conversions and its cost for one logical byte; even all the way if shape is given."""
     shards = sorted({replace(a, nest=0) for a in src + dst if a.kind == "S"})
     graph = nx.DiGraph()
     todo, seen = [src], {src}
@@ -188,6 +199,8 @@ def _path(src: Type, dst: Type, mesh: Mesh, grad: bool) -> tuple[tuple[Step, ...
                     new = apply_step(t, step)
                 except ValueError:
                     continue
+                if shape is not None and not divides(shape, new, mesh):
+                    continue
                 weight = step_cost(step, t, mesh, 1.0, grad)
                 graph.add_edge(t, new, weight=weight, step=step)
                 if new not in seen:
@@ -198,13 +211,13 @@ def _path(src: Type, dst: Type, mesh: Mesh, grad: bool) -> tuple[tuple[Step, ...
     return tuple(e["step"] for e in edges), sum(e["weight"] for e in edges)
 
 
-def steps(src: Type, dst: Type, mesh: Mesh, *, grad: bool = True) -> tuple[Step, ...]:
-    """The cheapest chain of single-axis conversions from src to dst; empty if equal.
+def steps(src: Type, dst: Type, mesh: Mesh, *, grad: bool = True, shape: tuple[int, ...] | None = None) -> tuple[Step, ...]:
+    """The cheapest chain of single-axis conversions from src to dst; empty if equal. With a shape, every step shards evenly.
 
     With grad=False the value carries no gradient: R and I are the same and nothing is emitted between them.
     Raises ValueError if dst cannot be reached.
     """
-    return _convert(src, dst, mesh, grad)[0]
+    return _convert(src, dst, mesh, grad, shape)[0]
 
 
 def cost(src: Type, dst: Type, mesh: Mesh, nbytes: float, *, grad: bool = True) -> float:
@@ -212,7 +225,7 @@ def cost(src: Type, dst: Type, mesh: Mesh, nbytes: float, *, grad: bool = True) 
     return _convert(src, dst, mesh, grad)[1] * nbytes
 
 
-def _convert(src: Type, dst: Type, mesh: Mesh, grad: bool) -> tuple[tuple[Step, ...], float]:
+def _convert(src: Type, dst: Type, mesh: Mesh, grad: bool, shape: tuple[int, ...] | None = None) -> tuple[tuple[Step, ...], float]:
     if not grad:
         src, dst = without_grad(src), without_grad(dst)
     if src == dst:
@@ -226,7 +239,10 @@ def _convert(src: Type, dst: Type, mesh: Mesh, grad: bool) -> tuple[tuple[Step, 
                 return (step,), step_cost(step, src, mesh, 1.0, grad)
     except ValueError:
         pass
-    return _path(src, dst, mesh, grad)
+    if shape is not None:  # NB: only the sizes of dims that are sharded, so that the cache is shared
+        used = {a.dim for a in src + dst if a.kind == "S"}
+        shape = tuple(n if d in used else 0 for d, n in enumerate(shape))
+    return _path(src, dst, mesh, grad, shape)
 
 
 def with_nest(kinds: tuple[AxisType, ...]) -> Type:

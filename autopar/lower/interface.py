@@ -9,7 +9,7 @@ from math import prod
 
 from autopar.ir.graph import Call, Graph, Guard, Op, join, op_inputs, op_outputs, refs
 from autopar.ir.mesh import Mesh
-from autopar.ir.types import AxisType, I, P, R, Type, cost, is_valid, whole, with_nest, without_grad
+from autopar.ir.types import AxisType, I, P, R, Type, cost, divides, is_valid, whole, with_nest, without_grad
 from autopar.lower.optypes import VariantTypes, is_size_read
 from autopar.pas.resolve import Resolved
 
@@ -73,6 +73,10 @@ class Interfaces:
                     wants[full] += self._wants[name].get(p.value, [])
                     if p.value in vt.written:
                         written[full] += self._wants[name].get(p.value, [])
+            for op in vt.block.ops:
+                if isinstance(op, Op) and op.fn == "autopar:set_buffer":
+                    for path in variant.instances:
+                        written[join(path, op.args[0])].append(whole(self.mesh))
         out = {}
         for t in self.graph.tensors:
             forced = self.resolved.params.get(t.name, {})
@@ -82,7 +86,7 @@ class Interfaces:
             )
             kinds = kinds if t.grad else without_grad(kinds)
             kinds = with_nest(kinds)
-            out[t.name] = kinds if is_valid(kinds) and _divides(t.shape, kinds, self.mesh) else (R if t.grad else I,) * len(kinds)
+            out[t.name] = kinds if is_valid(kinds) and divides(t.shape, kinds, self.mesh) else (R if t.grad else I,) * len(kinds)
         return out
 
     # ---- block inputs and outputs ------------------------------------------------------------------------------
@@ -162,13 +166,3 @@ def _placement(uses: list[AxisType], written: bool) -> AxisType:
         return kinds[0]
     assert not written, f"a buffer is written under different types: {kinds}"
     return R
-
-
-def _divides(shape: tuple[int, ...], t: Type, mesh: Mesh) -> bool:
-    left = list(shape)
-    for a, k in zip(t, mesh.sizes, strict=True):
-        if a.kind == "S":
-            if a.dim >= len(left) or left[a.dim] % (k * a.outer):
-                return False
-            left[a.dim] //= k
-    return True

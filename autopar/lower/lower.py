@@ -95,7 +95,7 @@ class _BlockLowering:
         held, t = self.held[origin], normal(v, t)
         if t not in held:
             start = min(held, key=lambda h: cost(h, t, self.mesh, 1.0, grad=v.grad))
-            self.convert(origin, held[start], steps(start, t, self.mesh, grad=v.grad))
+            self.convert(origin, held[start], steps(start, t, self.mesh, grad=v.grad, shape=v.shape))
         return self.held[origin][t]
 
     def convert(self, origin: int, at: int, chain: tuple[Step, ...], fresh: bool = False) -> int:
@@ -120,7 +120,7 @@ class _BlockLowering:
         at = self.primary[origin]
         if self.values[at].type == t:
             return at
-        return self.convert(origin, at, steps(self.values[at].type, t, self.mesh, grad=v.grad), fresh=True)
+        return self.convert(origin, at, steps(self.values[at].type, t, self.mesh, grad=v.grad, shape=v.shape), fresh=True)
 
     # ---- statements ----------------------------------------------------------------------------------------------
 

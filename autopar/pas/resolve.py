@@ -108,7 +108,8 @@ class _Resolver:
         states: dict[str, frozenset[int]] = {}
         for op in block.ops:
             if isinstance(op, Call):
-                callees[op.id] = self.variant(op.block, self.trie.walk(state, op.id), join(path, op.id))
+                where = instance_of(op.id)
+                callees[op.id] = self.variant(op.block, self.trie.walk(state, where), join(path, where))
             elif isinstance(op, Op):
                 where, _, fn = op.id.rpartition("/")
                 if where not in states:
@@ -155,8 +156,13 @@ class _Resolver:
             order = {path: i for i, path in enumerate(self.graph.blocks[self.variants[name][0]].instances)}
             found[name] = sorted(dict.fromkeys(found[name]), key=lambda p: order.get(p, len(order)))
             for call, callee in self.variants[name][2].items():
-                found[callee] += [join(p, call) for p in found[name]]
+                found[callee] += [join(p, instance_of(call)) for p in found[name]]
         return found
+
+
+def instance_of(call_id: str) -> str:
+    """The path of a call's instance: a module that is called again has the ids 'path', 'path#1', ..."""
+    return call_id.partition("#")[0]
 
 
 def check_choice(block: Block, op: Op, recipe: Recipe | None, choice: tuple[str, ...], mesh: Mesh, name: str) -> None:

@@ -153,4 +153,6 @@ def localise(block: Block, op: Op, recipe: Recipe, splits: tuple[Split, ...]) ->
     found = find_rule(op.fn)
     if not splits or found is None or found.local_form is None:
         return Emitted(op.fn, op.args, op.kwargs)
-    return found.local_form(Case(block, op, canonical(op.fn), found.args), recipe, splits)
+    local = found.local_form(Case(block, op, canonical(op.fn), found.args), recipe, splits)
+    # NB: a slice of a contiguous tensor need not be contiguous, so a view of it may need a copy.
+    return replace(local, fn="torch.Tensor.reshape") if local.fn == "torch.Tensor.view" else local
