@@ -24,6 +24,8 @@ from autopar.ir.mesh import Mesh
 from autopar.ir.types import TABLE, AxisType, Type
 from autopar.lower.program import Convert, Invoke, Local, LoweredBlock
 
+# The scopes that the statements before and after share; never no_grad around what carries a gradient (see _join_scopes).
+AROUND, AROUND_GRAD = ("*",), ("*grad",)
 FREE_BYTES = 1 << 20  # a dead tensor of this size is worth a `del`
 ACTIONS = {"all_reduce": "all-reduce", "reduce_scatter": "reduce-scatter", "all_gather": "all-gather", "all_to_all": "all-to-all",
            "slice": "slice", "place": "place into zeros", "keep_first": "keep on the first rank"}  # fmt: skip
@@ -60,7 +62,7 @@ class Forward:
         self.inlined: dict[int, str] = {}  # guard -> the comparison it reads
         self.uses = Counter(v for item in self.items for v in uses(item)) + Counter(block.outputs)
         self._scope_end = self._frame_ends()
-        self._made: dict[str, int] = {}  # variable -> number of statements when it was last assigned
+        self._made: dict[str, tuple[int, int]] = {}  # variable -> (number of statements after it was last assigned, item that did)
         self._frames: dict[str, tuple[Any, ...]] = {}  # variable -> frame of the user's program it was assigned in
         for p in block.params:
             if p.name not in around.set_buffers:
@@ -187,7 +189,7 @@ class Forward:
         if self.value(c.out).grad and backward in ACTIONS:
             notes.append(f"backward {ACTIONS[backward]}")
         note = "; ".join(filter(None, notes))
-        scopes = ("*",) if not self.value(c.out).grad else ("*grad",)  # those of its neighbours, see _join_scopes
+        scopes = AROUND if not self.value(c.out).grad else AROUND_GRAD
         if not self.names.used(c.out):
             self.add(text, note, src=src, section=section, scopes=scopes)
             return
@@ -212,7 +214,6 @@ class Forward:
     def _loop(self, i: int, loop: Loop) -> None:
         carried = loop.carried()
         starts = [self.names(values[0]) for values in carried]
-        self._made.update((self.names(v), len(self.stmts) + 1) for values in carried for v in values if self.names.known(v))
         for values, start in zip(carried, starts, strict=True):
             if self.names.cell(values[0]) != self.names.cell(values[1]):
                 self.add(f"{self.names.assign(values[1], i - 1)} = {start}")
@@ -233,6 +234,7 @@ class Forward:
         note = self.note([values[-1] for values in carried])
         line = f"{', '.join(targets)} = {self._call(callee, first.block, args)}" + (f"  # {note}" if note else "")
         self.add(head, body=(line,))
+        self._remember(i, [values[-1] for values in carried])
 
     def _guard(self, i: int, g: Guard) -> None:
         self.around.imports.used.add("ap")
@@ -260,14 +262,14 @@ class Forward:
     def _alias(self, held: int, other: str, **where: Any) -> None:
         """`other = name`, right after the value was made where the other name is unused since then."""
         name = self.names(held)
-        at = self._made.get(name, 0)
-        if self._made.get(other, -1) < at:
-            self.stmts.insert(at, Stmt(f"{other} = {name}", section=self.stmts[at - 1].section if at else None))
-            self._made = {n: k + (k > at) for n, k in self._made.items()}
+        at, item = self._made.get(name, (0, -1))
+        if self._made.get(other, (-1, -1))[0] < at and not self.names.busy(other, item):
+            self.stmts.insert(at, Stmt(f"{other} = {name}", section=self.stmts[at - 1].section if at else None, scopes=AROUND))
+            self._made = {n: (k + (k > at), j) for n, (k, j) in self._made.items()}
         else:
-            self.add(f"{other} = {name}", **where)
+            self.add(f"{other} = {name}", scopes=AROUND, **where)
         self.names.rebind(held, other)
-        self._made[other] = self._made.get(name, 0)
+        self._made[other] = (at, item)
 
     def _other_name(self, i: int, held: int) -> str | None:
         """What a later line of the user's program calls the value: the operand in its place of `residual + hidden_states`."""
@@ -314,7 +316,7 @@ class Forward:
 
     def _remember(self, i: int, values: Iterable[int]) -> None:
         frame = self._frame(i)
-        self._made.update((self.names(v), len(self.stmts)) for v in values if self.names.known(v))
+        self._made.update((self.names(v), (len(self.stmts), i)) for v in values if self.names.known(v))
         for v in values:
             if frame and self.names.known(v):
                 self._frames[self.names(v)] = frame
@@ -336,7 +338,7 @@ class Forward:
         for name in dead:
             self.names.forget(name)
         for k in range(0, len(dead), 6):
-            self.add(f"del {', '.join(dead[k : k + 6])}")
+            self.add(f"del {', '.join(dead[k : k + 6])}", scopes=AROUND)
 
 
 @cache
@@ -432,16 +434,16 @@ def _prefixes(path: str) -> list[str]:
 
 
 def _join_scopes(stmts: list[Stmt]) -> list[Stmt]:
-    """Conversions take the scopes shared by their neighbours; one that carries a gradient never goes under no_grad."""
+    """AROUND and AROUND_GRAD replaced by the scopes that the neighbours share."""
     out = list(stmts)
     for i, s in enumerate(stmts):
-        if not s.scopes or not s.scopes[0].startswith("*"):
+        if s.scopes not in (AROUND, AROUND_GRAD):
             continue
         before = out[i - 1].scopes if i else ()
-        after = next((t.scopes for t in stmts[i + 1 :] if not (t.scopes and t.scopes[0].startswith("*"))), ())
+        after = next((t.scopes for t in stmts[i + 1 :] if t.scopes not in (AROUND, AROUND_GRAD)), ())
         shared = []
         for a, b in zip(before, after):
-            if a != b or a.startswith("if") or "random" in a or ("no_grad" in a and s.scopes[0] == "*grad"):
+            if a != b or a.startswith("if") or "random" in a or ("no_grad" in a and s.scopes == AROUND_GRAD):
                 break
             shared.append(a)
         out[i] = replace(s, scopes=tuple(shared))

@@ -27,12 +27,13 @@ def emit(graph: Graph, program: Program, *, guards: str = "error", free_bytes: i
         raise ConfigError(f"unknown guards {guards!r}: {suggest(guards, GUARDS)}")
     imports = Imports()
     imports.taken.update(program.blocks)
-    for block in program.blocks.values():
-        for item in block.body:
-            if isinstance(item, Local):
-                for name in filter(None, (imports_of(item.fn), *tree_globals((item.args, item.kwargs)))):
-                    if not name.startswith(("torch:", "torch.")):
-                        imports.object(name)
+    # NB: before any variable is named, so that none takes the name of an import.
+    ops = [item for block in program.blocks.values() for item in block.body if isinstance(item, Local)]
+    for op in ops:
+        for name in filter(None, (imports_of(op.fn), *tree_globals((op.args, op.kwargs)))):
+            imports.object(name)
+    for name in tree_globals([program.output, *((a.tree, a.default) for a in graph.arguments)]):
+        imports.object(name)
     classes = Classes(graph, program, imports, guards, free_bytes)
     texts = ["\n".join(classes.write(b)) for b in program.blocks.values()]
     head = _header(graph, program)

@@ -117,8 +117,10 @@ def tree_refs(tree: Any) -> Iterator[int]:
 
 def tree_globals(tree: Any) -> Iterator[str]:
     """Names of every importable object used in a tree, in order."""
-    if isinstance(tree, Global) and not tree.name.startswith("autopar:"):
+    if isinstance(tree, Global) and not tree.name.startswith(("autopar:", "torch:", "torch.")):
         yield tree.name
+    elif isinstance(tree, Struct):
+        yield from tree_globals(tree.items)
     elif isinstance(tree, (tuple, list)):
         for x in tree:
             yield from tree_globals(x)
@@ -220,7 +222,7 @@ class Printer:
         if isinstance(x, complex):
             return Code(f"complex({self._float(x.real).text}, {self._float(x.imag).text})")
         if isinstance(x, str):
-            return Code(string(x))
+            return Code(string(str.__str__(x)))  # NB: also of an enum that is a str
         if isinstance(x, (torch.dtype, torch.layout, torch.memory_format)):
             self.imports.used.add("torch")
             return Code(repr(x) if repr(x).startswith("torch.") else f"torch.{x}")

@@ -26,7 +26,7 @@ class Signature:
             if a.name in ("torch", "F", "ap", "math"):
                 raise AutoparError(f"the forward of {graph.module} has an argument {a.name!r}, a name that generated code needs; rename it")
         for a in graph.arguments:
-            if isinstance(a.tree, Ref) and not a.kind.startswith("var_"):
+            if isinstance(a.tree, Ref) and not a.kind.startswith("var_") and not forward.names.known(self.local[a.tree.id]):
                 forward.names.bind(self.local[a.tree.id], a.name)
         self.params = [self._param(a) for a in graph.arguments]
         self.stmts: list[str] = []
@@ -77,6 +77,10 @@ class Signature:
                 if used and target != access:
                     self.stmts.append(f"{target} = {access}")
                     access = target
+            elif names(v) != access:  # one tensor was given twice
+                ap.add("ap")
+                self.stmts.append(f"ap.check_argument({string(f'{label} is {names(v)}')}, {access} is {names(v)}, True)")
+                return
             value = self.forward.value(v)
             if value.kind != "tensor":
                 return
