@@ -50,8 +50,8 @@ class Interpreter:
 
     def block(self, b: Block, path: str, args: list[Any], enter: bool = False) -> tuple[Any, ...]:
         if b.recompute and self.checkpoint and not enter:
-            f = functools.partial(self.block, b, path, enter=True)
-            return torch.utils.checkpoint.checkpoint(lambda *xs: f(list(xs)), *args, use_reentrant=False)
+            # NB: no arguments: checkpoint would refuse buffers among them that are written before the backward pass.
+            return torch.utils.checkpoint.checkpoint(functools.partial(self.block, b, path, args, True), use_reentrant=False)
         env: dict[int, Any] = dict(zip(b.inputs, args, strict=True))
         for p in b.params:
             env[p.value] = self.tensors[ir.join(path, p.name)]
