@@ -138,7 +138,8 @@ class Axis:
         # NB: a copy is made only where a dim before `dim` is larger than 1.
         shape = list(t.shape)
         shape[dim] *= self.size
-        return stacked.movedim(0, dim).reshape(shape)
+        # NB: contiguous, because the user's program may view() the whole value; reshape alone may give a strided view.
+        return stacked.movedim(0, dim).reshape(shape).contiguous()
 
     def stack(self, t: torch.Tensor) -> torch.Tensor:
         """The tensors of all ranks, stacked along a new dim 0."""
@@ -176,7 +177,7 @@ class Axis:
         cat_dim %= t.dim()
         shape = list(stacked.shape[1:])
         shape[cat_dim] *= self.size
-        return out.movedim(0, cat_dim).reshape(shape)
+        return out.movedim(0, cat_dim).reshape(shape).contiguous()
 
     def broadcast(self, t: torch.Tensor, src: int) -> torch.Tensor:
         """The tensor of rank src of this axis; on the other ranks t gives shape and dtype only."""
