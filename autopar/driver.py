@@ -25,6 +25,7 @@ from autopar.lower.lower import lower
 from autopar.lower.program import Program
 from autopar.pas.plan import Plan
 from autopar.pas.policies import get_policy
+from autopar.progress import stage
 from autopar.trace import trace
 
 log = logging.getLogger("autopar")
@@ -54,11 +55,16 @@ def compile_module(
     Raises TraceError, PlanError, ConfigError or CheckError, each naming the user's source line where there is one.
     """
     if graph is None:
-        graph = trace(module, dict(dummy_forward_args), strategy=config.trace_strategy, constant_folding=config.constant_folding)
-    plan = make_plan(graph, pas_policy, config)
-    program = lower(graph, plan)
-    check(graph, program)
-    return Compiled(graph, plan, program, emit(graph, program, guards=config.guards))
+        with stage("trace"):
+            graph = trace(module, dict(dummy_forward_args), strategy=config.trace_strategy, constant_folding=config.constant_folding)
+    with stage("policy"):
+        plan = make_plan(graph, pas_policy, config)
+    with stage("lower"):
+        program = lower(graph, plan)
+    with stage("check"):
+        check(graph, program)
+    with stage("emit"):
+        return Compiled(graph, plan, program, emit(graph, program, guards=config.guards))
 
 
 def make_plan(graph: Graph, pas_policy: Any, config: ComputeConfig) -> Plan:
@@ -91,7 +97,7 @@ def compile_to(
     identity = savedir.identify(module, dummy_forward_args, pas_policy, config, autopar.__version__)
     folder = savedir.folder_of(gen_savedir, identity.graph["module"], instance_name)
     decision = savedir.decide(folder, identity, reuse)
-    log.info("%s: reusing %s (%s)", folder, decision.reuse, decision.reason)
+    log.info("%s: reusing %s (%s)", folder, decision.reuse, decision.reason, extra={"decision": decision})
     if decision.reuse == "code":
         return folder
     old = load_graph(folder) if decision.reuse == "graph" else None
@@ -109,7 +115,8 @@ def compile_to(
         for name, text in compiled.texts.items():
             (tmp / name).write_text(text)
 
-    savedir.write(folder, identity, fill)
+    with stage("write"):
+        savedir.write(folder, identity, fill)
     return folder
 
 

@@ -19,6 +19,7 @@ from autopar.config import ComputeConfig
 from autopar.errors import VerifyError
 from autopar.ir.mesh import Mesh
 from autopar.ir.types import Type, nesting
+from autopar.progress import stage
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 3e-3}
 
@@ -122,7 +123,7 @@ def verify_compiled(
     weights |= compiled.graph.constants
     for mode in modes:
         original = copy.deepcopy(module).train(mode == "train")
-        with _exact(), _widen(module), _keep_rng():
+        with stage(f"{mode} step of the original"), _exact(), _widen(module), _keep_rng():
             torch.manual_seed(seed)
             expected = _step(original, args, seed)
         grads = {n: p.grad for n, p in original.named_parameters(remove_duplicate=False)}
@@ -138,7 +139,8 @@ def verify_compiled(
                 local.sync_grads()
             return outs, {n: p.grad for n, p in local.named_parameters()}, dict(local.named_buffers()), log
 
-        ranks = inproc.run_ranks(program.mesh, rank_step, timeout, seed, units=config.units)
+        with stage(f"{mode} step of {program.mesh.size * config.units} ranks"):
+            ranks = inproc.run_ranks(program.mesh, rank_step, timeout, seed, units=config.units)
         if mode == modes[0]:
             for r in ranks[0][3]:
                 counted[r.name] = counted.get(r.name, 0) + 1

@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,16 +62,30 @@ def identify(module: torch.nn.Module, dummy_args: Mapping[str, Any], policy: Any
 
 
 def policy_name(policy: Any) -> str:
-    """A policy's identity: its name, or the digest of its source; a Plan's digest."""
+    """A policy's identity: its name, or the digest of its source and of what it closes over; a Plan's digest."""
     if isinstance(policy, str):
         return policy
     if hasattr(policy, "to_json"):
         return "plan:" + _digest(policy.to_json())
+    if isinstance(policy, partial):
+        return f"{policy_name(policy.func)}({_settled((policy.args, policy.keywords))})"
     try:
         source = inspect.getsource(policy)
     except (OSError, TypeError):
         source = getattr(policy, "__qualname__", repr(policy))
-    return f"{getattr(policy, '__module__', '')}.{getattr(policy, '__qualname__', type(policy).__qualname__)}:{_digest(source)}"
+    name = f"{getattr(policy, '__module__', '')}.{getattr(policy, '__qualname__', type(policy).__qualname__)}"
+    # NB: mesh_policy makes one function per mesh; their source is the same. A function may close over itself.
+    held = [_settled(c.cell_contents) for c in getattr(policy, "__closure__", None) or () if c.cell_contents is not policy]
+    return f"{name}:{_digest(source + ''.join(held))}"
+
+
+def _settled(x: Any) -> str:
+    """A value as text that is the same in every process: functions by identity, not by address."""
+    if isinstance(x, Mapping):
+        return "{" + ", ".join(f"{k!r}: {_settled(v)}" for k, v in x.items()) + "}"
+    if isinstance(x, (list, tuple)):
+        return "(" + ", ".join(map(_settled, x)) + ")"
+    return policy_name(x) if callable(x) else repr(x)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

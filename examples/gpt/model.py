@@ -87,3 +87,8 @@ def batch(data: Tensor, step: int) -> dict[str, Tensor]:
 def build(seed: int = 0) -> GPT:
     torch.manual_seed(seed)
     return GPT()
+
+
+def inputs() -> dict[str, Tensor]:
+    """Dummy arguments of forward, for `autopar compile examples/gpt/model.py:build --inputs inputs`."""
+    return batch(corpus(), 0)
