@@ -33,17 +33,23 @@ def run_processes(fn: Callable[[int], Any], n: int, timeout: float = 60.0, *, co
     connect: start torch.distributed with gloo; else only torchrun's environment variables are set, as a script would find them.
     """
     assert not torch.cuda.is_initialized(), "a process that has used CUDA cannot be forked"
-    # The store lives in the parent: no port is guessed, and no child holds what the others need.
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
     with tempfile.TemporaryDirectory() as folder:
-        pids = {}
+        pids, told = {}, []
         for rank in range(n):
             sys.stdout.flush()
             sys.stderr.flush()
+            read, write = os.pipe()
             pid = os.fork()
             if pid == 0:
-                _child(fn, rank, n, store.port, Path(folder), timeout, connect)
+                _child(fn, rank, n, read, Path(folder), timeout, connect)
+            os.close(read)
             pids[pid] = rank
+            told.append(write)
+        # The store lives in the parent, so that no port is guessed. NB: made after the forks: with its thread running, one in ten hung.
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
+        for write in told:
+            os.write(write, f"{store.port}".encode())
+            os.close(write)
         codes = _wait(pids, timeout)
         outputs = [(Path(folder) / f"{r}.out").read_text(errors="replace") for r in range(n)]
         if any(code != 0 for code in codes.values()):
@@ -52,7 +58,7 @@ def run_processes(fn: Callable[[int], Any], n: int, timeout: float = 60.0, *, co
         return [pickle.loads((Path(folder) / f"{r}.result").read_bytes()) for r in range(n)]
 
 
-def _child(fn: Callable, rank: int, n: int, port: int, folder: Path, timeout: float, connect: bool) -> None:
+def _child(fn: Callable, rank: int, n: int, told: int, folder: Path, timeout: float, connect: bool) -> None:
     """Never returns. NB: _exit, so that nothing inherited from the parent (pytest, the store) is torn down here."""
     code = 1
     try:
@@ -64,8 +70,9 @@ def _child(fn: Callable, rank: int, n: int, port: int, folder: Path, timeout: fl
         # A rank that hangs says where, just before it is killed.
         faulthandler.dump_traceback_later(timeout * 0.9, file=2)
         torch.set_num_threads(1)
+        port = os.read(told, 16).decode()
         os.environ.update(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=port
         )
         os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # the store is served by the parent, as torchrun's agent does
         limit = timedelta(seconds=timeout)
