@@ -3,6 +3,8 @@ Must not know modules."""
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 
 import pytest
@@ -97,6 +99,36 @@ def test_a_rank_that_hangs_ends_the_others_in_time():
 
     first, _, third = run_processes(load, 3, timeout=15)
     assert first == third == "rank 1 did not compile within 0.5 s"
+
+
+def test_the_rank_that_holds_the_store_fails():
+    """Rank 0 serves the store and ends the process at once; the others still get its error."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+
+    def fn(rank):
+        os.environ.pop("TORCHELASTIC_USE_AGENT_STORE")
+        os.environ["MASTER_PORT"] = str(port)
+        rank_mesh((("tp", 3),))
+
+        def work():
+            assert rank, "the disk is full"
+            time.sleep(0.2)
+
+        try:
+            fail_together("load", work, timeout=20)
+        except AssertionError:
+            os._exit(3)
+        except LayoutError as e:
+            print(f"rank {rank} sees: {e}", flush=True)
+            os._exit(4)
+
+    with pytest.raises(ProcessesFailed) as e:
+        run_processes(fn, 3, connect=False)
+    text = str(e.value)
+    for rank in (1, 2):
+        assert f"rank {rank} sees: rank 0 failed to load: AssertionError: the disk is full" in text
 
 
 def test_the_helper_shows_every_ranks_output():
