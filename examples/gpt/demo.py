@@ -25,15 +25,20 @@ def run(title: str, command: list[str], log: Path) -> list[dict]:
     rows: list[dict] = []
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen([*command, "--steps", str(STEPS), "--losses", str(log)], env=env, stdout=output, stderr=subprocess.STDOUT)
-        with tqdm(total=STEPS, desc=title, unit="step") as bar:
+        quiet = not sys.stderr.isatty()
+        with tqdm(total=STEPS, desc=title, unit="step", disable=quiet) as bar:
+            shown = 0
             while True:
                 done = process.poll() is not None
                 # NB: the last line may be half written.
                 lines = log.read_text().split("\n")[:-1] if log.exists() else []
                 rows = [json.loads(line) for line in lines]
-                bar.update(len(rows) - bar.n)
-                if rows:
-                    bar.set_postfix(loss=f"{rows[-1]['loss']:.4f}")
+                for row in rows[shown:]:
+                    bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
+                    bar.update()
+                    if quiet and row["step"] % 10 == 0:
+                        print(f"{title}: step {row['step']} of {STEPS}, loss {row['loss']:.4f}", flush=True)
+                shown = len(rows)
                 if done:
                     break
                 time.sleep(0.2)
@@ -41,7 +46,7 @@ def run(title: str, command: list[str], log: Path) -> list[dict]:
         text = output.read()
     if process.returncode:
         sys.exit(f"{title} failed with exit code {process.returncode}:\n{text}")
-    print(text.strip().splitlines()[-1])
+    print(f"{title}: {text.strip().splitlines()[-1]}")
     return rows
 
 
