@@ -92,6 +92,8 @@ CONVERSIONS = [
     (S(0), I, "ap.s_to_i(x, self.tp, 0)  # all-gather; backward slice"),
     (I, S(1), "ap.i_to_s(x, self.tp, 1)  # S(1); slice; backward all-gather"),
     (S(0), S(1), "ap.s_to_s(x, self.tp, 0, 1)  # S(1); all-to-all; backward all-to-all"),
+    (S(1, outer=2), I, "ap.s_to_i(x, self.tp, (1, 2))  # all-gather; backward slice"),
+    (S(0), S(1, outer=2), "ap.s_to_s(x, self.tp, 0, (1, 2))  # S(1/2); all-to-all; backward all-to-all"),
     (I, P, "ap.i_to_p(x, self.tp)  # P; keep on the first rank"),
     (S(1), P, "ap.s_to_p(x, self.tp, 1)  # P; place into zeros; backward slice"),
 ]
