@@ -21,7 +21,7 @@ warnings.filterwarnings("ignore", module="transformers")
 
 FEW = ["gpt2", "llama", "mixtral", "t5", "resnet", "whisper"]
 NOT_META = ("longformer",)  # views with a size that is itself computed from activations
-NOT_BUILT = ("codegen", "pvt", "efficientnet")  # the common settings do not fit them
+NOT_BUILT = ("pvt", "efficientnet")  # the common settings do not fit them
 DRAWS_NUMPY = ("wav2vec2", "hubert")  # SpecAugment in training: its mask is a constant of the trace
 EAGER_FAILS = ("rwkv",)  # in eval mode its backward fails in eager too
 
@@ -66,7 +66,7 @@ def test_another_batch_size_and_length(name: str) -> None:
 
 
 SCRIPT = """
-import resource, time, torch
+import time, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from autopar.trace.record import record
 sizes = dict(hidden_size=16384, intermediate_size=53248, num_attention_heads=128, num_key_value_heads=8, vocab_size=128256)
@@ -75,7 +75,8 @@ with torch.device("meta"):
 ids = torch.randint(0, 128, (1, 8192))
 start = time.process_time()
 record(model, dict(input_ids=ids, labels=ids, use_cache=False), strategy="meta")
-print(time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+peak = open("/proc/self/status").read().split("VmHWM:")[1].split()[0]  # NB: ru_maxrss would count the parent's memory
+print(time.process_time() - start, int(peak) // 1024)
 """
 
 
@@ -83,4 +84,4 @@ print(time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_m
 def test_llama_405b_shapes_take_seconds_and_no_memory() -> None:
     out = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True).stdout
     seconds, megabytes = map(float, out.split())
-    assert seconds < 5 and megabytes < 800
+    assert (seconds < 5, megabytes < 800) == (True, True), (seconds, megabytes)

@@ -178,7 +178,8 @@ class Ledger:
             self.unseen(f"a tensor was made by code the tracer cannot see (its grad_fn is {t.grad_fn.name()})")
         if t.requires_grad:
             self.fail(
-                "a tensor that requires grad is neither a registered parameter nor an input; register it (nn.ParameterList for lists)"
+                "a tensor that requires grad is neither a registered parameter nor an input; register it (nn.ParameterList for lists); "
+                "if the module builds parts of itself on its first call, run it once before tracing"
             )
         if not self.strategy.readable(t) or t.is_meta:
             if t.is_meta:
