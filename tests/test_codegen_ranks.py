@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_codegen import Pair, case, check_text
+from codegen_models import Pair
+from test_codegen import case, check_text
 
 from autopar import runtime as ap
 from autopar.codegen.emit import emit
@@ -269,7 +270,7 @@ def test_nested_and_variable_arguments():
     h = Hand()
     a, b, c = h.input("a"), h.input("b"), h.input("c")
     arguments = (
-        Argument("first", "positional", Struct("test_codegen:Pair", ("first", "second"), (a, 3)), True),
+        Argument("first", "positional", Struct("codegen_models:Pair", ("first", "second"), (a, 3)), True),
         Argument("rest", "var_positional", (b,), True),
         Argument("named", "var_keyword", {"key": [c, "s"]}, True),
     )

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from autopar.codegen.block import Forward, Surroundings, type_note
+from autopar.codegen.block import Forward, Surroundings
 from autopar.codegen.expr import Imports, string
 from autopar.codegen.layout import WIDTH, Stmt, print_body
 from autopar.codegen.loops import base_path, sibling
+from autopar.codegen.reading import type_note
 from autopar.codegen.signature import Signature
 from autopar.ir.graph import AxisRef, Graph, Tensor, generalise, join
 from autopar.ir.mesh import Mesh
