@@ -22,7 +22,7 @@ def run(args: Namespace) -> int:
     for name, seconds in heard.seconds.items():
         note = f"  {heard.notes[-1]}" if name == "trace" and heard.notes else ""
         print(f"{name:<8}{seconds:>7.2f} s{note}")
-    print(f"reused  {heard.decision.reuse} ({heard.decision.reason})")
+    print(f"reused    {heard.decision.reuse} ({heard.decision.reason})")
     missing = facts.unruled(load_graph(folder))
     print("ops without a rule, replicated:", ", ".join(f"{name} ({len(uses)})" for name, uses in missing.items()) or "none")
     print(f"generated code: {folder / 'model.py'}")

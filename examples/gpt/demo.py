@@ -24,7 +24,8 @@ def run(title: str, command: list[str], log: Path) -> list[dict]:
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     rows: list[dict] = []
     with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen([*command, "--steps", str(STEPS), "--losses", str(log)], env=env, stdout=output, stderr=subprocess.STDOUT)
+        arguments = ["--steps", str(STEPS), "--losses", str(log)]
+        process = subprocess.Popen([*command, *arguments], env=env, stdout=output, stderr=subprocess.STDOUT)
         quiet = not sys.stderr.isatty()
         with tqdm(total=STEPS, desc=title, unit="step", disable=quiet) as bar:
             shown = 0
