@@ -102,7 +102,7 @@ def embed() -> tuple[Graph, Program]:
     h = m.value("h", (4, 6, 8), S(0), P)
     m.op("embed/embedding", F + "embedding", (shard, w), ("i0", "v"), h, low_fn="ap.vocab_embedding", local=(shard, w, AxisRef("tp")))
     h = m.convert(h, "tp", S(2))
-    v = m.op("/view", "torch.Tensor.view", (h, 4, 6, 2, 4), ("v0", "v2"), m.value("v", (4, 6, 2, 4), S(0), S(2)), local=(h, 2, 6, 1, 4))
+    v = m.op("/view", "torch.Tensor.view", (h, 4, 6, 2, 4), ("v0", "v2"), m.value("v", (4, 6, 2, 4), S(0), S(2)), local=(h, 2, 6, 1, 4), low_fn="torch.Tensor.reshape")
     s = m.op("/mean", "torch.Tensor.mean", (v,), ("d0", "d2"), m.value("s", (), P, P), divide=4)
     s = m.convert(s, "dp", I)
     return m.done(m.convert(s, "tp", I))

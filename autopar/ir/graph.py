@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 
@@ -209,7 +210,7 @@ class Graph:
 
         return format_graph(self)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Hex digest of everything that decides what is computed; the same for the same trace on any machine."""
         from autopar.ir.codec import graph_fingerprint

@@ -4,11 +4,10 @@ Must not know about the statements inside a lowered block.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from math import prod
 
-from autopar.ir.graph import Call, Graph, Guard, Op, join, op_inputs, op_outputs, refs
-from autopar.ir.mesh import Mesh
+from autopar.ir.graph import Call, Graph, Guard, Op, Tensor, join, op_inputs, op_outputs, refs
 from autopar.ir.types import AxisType, I, P, R, Type, cost, divides, is_valid, whole, with_nest, without_grad
 from autopar.lower.optypes import VariantTypes, is_size_read
 from autopar.pas.resolve import Resolved
@@ -31,7 +30,7 @@ class Interfaces:
         self._forced: dict[str, set[int]] = {}
         for name in resolved.variants:  # callees before callers
             self._wants[name], self._forced[name] = self._collect(name)
-        self._arrivals: dict[tuple[str, int], list[tuple[Type, int]]] = defaultdict(list)
+        self._arrivals: dict[tuple[str, int], Counter[Type]] = defaultdict(Counter)  # how often each type is handed in
         self._produced: dict[tuple[str, tuple[Type, ...]], list[Type]] = {}
         self.placements: dict[str, Type] = self._place_parameters()
         for name in reversed(resolved.variants):  # callers before callees
@@ -63,31 +62,38 @@ class Interfaces:
 
     def _place_parameters(self) -> dict[str, Type]:
         """The placement of every tensor from its uses in all blocks, or as the plan forces it."""
-        wants: dict[str, list[Type]] = defaultdict(list)
-        written: dict[str, list[Type]] = defaultdict(list)
+        # NB: tensors of all instances of a block have the same uses, so the work is done once per distinct tuple of uses.
+        uses: dict[str, list[tuple[str, int]]] = defaultdict(list)
+        set_whole: set[str] = set()
         for name, variant in self.resolved.variants.items():
-            vt = self.types[name]
-            for p in vt.block.params:
+            block = self.types[name].block
+            for p in block.params:
                 for path in variant.instances:
-                    full = join(path, p.name)
-                    wants[full] += self._wants[name].get(p.value, [])
-                    if p.value in vt.written:
-                        written[full] += self._wants[name].get(p.value, [])
-            for op in vt.block.ops:
+                    uses[join(path, p.name)].append((name, p.value))
+            for op in block.ops:
                 if isinstance(op, Op) and op.fn == "autopar:set_buffer":
-                    for path in variant.instances:
-                        written[join(path, op.args[0])].append(whole(self.mesh))
+                    set_whole.update(join(path, op.args[0]) for path in variant.instances)
+        known: dict[tuple, Type] = {}
         out = {}
         for t in self.graph.tensors:
             forced = self.resolved.params.get(t.name, {})
-            uses = written.get(t.name) or wants.get(t.name, [])
-            kinds = tuple(
-                forced.get(axis) or _placement([u[i] for u in uses], bool(t.name in written)) for i, axis in enumerate(self.mesh.names)
-            )
-            kinds = kinds if t.grad else without_grad(kinds)
-            kinds = with_nest(kinds)
-            out[t.name] = kinds if is_valid(kinds) and divides(t.shape, kinds, self.mesh) else (R if t.grad else I,) * len(kinds)
+            where = tuple(uses.get(t.name, ()))
+            key = (where, t.shape, t.grad, t.name in set_whole, tuple(forced.items()))
+            if key not in known:
+                known[key] = self._place(where, t, forced, t.name in set_whole)
+            out[t.name] = known[key]
         return out
+
+    def _place(self, uses: tuple[tuple[str, int], ...], t: Tensor, forced: dict[str, AxisType], set_whole: bool) -> Type:
+        """The placement of one tensor: forced, else what its writers or (if nobody writes it) its readers ask for."""
+        wants = [w for name, v in uses for w in self._wants[name].get(v, [])]
+        written = [w for name, v in uses if v in self.types[name].written for w in self._wants[name].get(v, [])]
+        if set_whole:
+            written = [whole(self.mesh)]
+        asked = written or wants
+        kinds = tuple(forced.get(axis) or _placement([u[i] for u in asked], bool(written)) for i, axis in enumerate(self.mesh.names))
+        kinds = with_nest(kinds if t.grad else without_grad(kinds))
+        return kinds if is_valid(kinds) and divides(t.shape, kinds, self.mesh) else (R if t.grad else I,) * len(kinds)
 
     # ---- block inputs and outputs ------------------------------------------------------------------------------
 
@@ -117,7 +123,7 @@ class Interfaces:
                 callee = vt.variant.callees[op.id]
                 for position, arg in enumerate(op.args):
                     if vt.block.values[arg].is_tensor:
-                        self._arrivals[callee, position].append((held[arg], count))
+                        self._arrivals[callee, position][held[arg]] += count
                 for v, t in zip(op.out, self._output_types(callee, tuple(held.get(a, ()) for a in op.args)), strict=True):
                     held[v] = t
                 for _, new in op.writes:
@@ -142,18 +148,18 @@ class Interfaces:
         out = self._produced[name, arrivals] = [held.get(v, whole(self.mesh)) for v in vt.block.outputs]
         return out
 
-    def _choose(self, name: str, value: int, arrivals: list[tuple[Type, int]]) -> Type:
+    def _choose(self, name: str, value: int, arrivals: Counter[Type]) -> Type:
         """The input type with the least communication over all call sites and all uses inside; ties prefer a use's type."""
         v = self.types[name].block.values[value]
         wants = list(dict.fromkeys(self._wants[name].get(value, [])))
         if not v.grad:
             wants = list(dict.fromkeys(without_grad(t) for t in wants))
         nbytes = float(prod(v.shape) * ITEM.get(v.dtype, 1)) or 1.0
-        candidates = [t for t in dict.fromkeys([*wants, *(t for t, _ in arrivals), whole(self.mesh)]) if P not in t]
-        instances = max(1, sum(n for _, n in arrivals))
+        candidates = [t for t in dict.fromkeys([*wants, *arrivals, whole(self.mesh)]) if P not in t]
+        instances = max(1, arrivals.total())
 
         def total(t: Type) -> float:
-            outside = sum(n * cost(a, t, self.mesh, nbytes, grad=v.grad) for a, n in arrivals)
+            outside = sum(n * cost(a, t, self.mesh, nbytes, grad=v.grad) for a, n in arrivals.items())
             return outside + instances * sum(cost(t, w, self.mesh, nbytes, grad=v.grad) for w in wants)
 
         return min(candidates, key=total)
