@@ -13,7 +13,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from trace_cases import CASES, MODES, Base, Pair, Result, X, assert_same, check, module, ops
 
+from autopar.errors import TraceError
 from autopar.ir.graph import refs
+from autopar.trace.known import classify
+from autopar.trace.names import resolve_fn
 from autopar.trace.record import record
 from autopar.trace.recording import Enter, Exit, RecordedOp
 
@@ -251,3 +254,17 @@ def test_attention_is_inlined_and_fast_paths_are_not_taken() -> None:
                 a = replay(rec, m, {"src": x})
                 torch.manual_seed(0)
                 torch.testing.assert_close(a, m(x))
+
+
+def test_names_of_torch_functions_lead_back_to_them() -> None:
+    checked = 0
+    for func in torch.overrides.get_testing_overrides():
+        try:
+            known = classify(func)
+        except TraceError:
+            assert "TensorBase.pow" in repr(func)  # a wrapper that no mode is ever given
+            continue
+        if known.kind in ("op", "compare"):
+            assert resolve_fn(known.fn) == func
+            checked += 1
+    assert checked > 1000

@@ -45,7 +45,8 @@ def build(name: str) -> tuple[torch.nn.Module, dict[str, Any]]:
     if name == "mamba2":
         small = dict(hidden_size=64, num_heads=8, head_dim=16, expand=2, n_groups=1, state_size=8)
     if name in ("deepseek_v2", "deepseek_v3"):
-        small = dict(q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, head_dim=8, num_key_value_heads=8, v_head_dim=8, n_routed_experts=4,
+        small = dict(q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, head_dim=8, num_key_value_heads=8,
+                     v_head_dim=8, n_routed_experts=4,
                      n_group=1, topk_group=1,
                      num_experts_per_tok=2, first_k_dense_replace=1, moe_intermediate_size=32)  # fmt: skip
     if name == "rwkv":

@@ -88,7 +88,7 @@ def classify(func: Any) -> Known:
     if isinstance(func, torch._ops.HigherOrderOperator):
         return Known(str(func), "forbidden", short, why=f"torch.ops.higher_order.{short} runs a function the tracer cannot see into")
     if short in ("__get__", "__set__", "__delete__"):
-        attr = func.__self__.__name__
+        attr = getattr(func.__self__, "__name__", "")  # a Python property has none
         if short == "__get__":
             kind = "size" if attr == "shape" else "op" if attr in TENSOR_GETTERS else "free"
         else:
