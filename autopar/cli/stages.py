@@ -19,6 +19,7 @@ class Listener(logging.Handler):
         self.seconds: dict[str, float] = {}
         self.decision: Any = None  # codegen.savedir.Decision
         self.notes: list[str] = []
+        self.warnings: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
         if hasattr(record, "stage"):
@@ -26,7 +27,7 @@ class Listener(logging.Handler):
         elif hasattr(record, "decision"):
             self.decision = record.decision
         elif record.levelno >= logging.WARNING:
-            sys.stderr.write(f"autopar: {record.levelname.lower()}: {record.getMessage()}\n")
+            self.warnings.append(record.getMessage())
         elif record.name == "autopar.trace":
             self.notes.append(record.getMessage())
 
@@ -40,6 +41,8 @@ def listening() -> Iterator[Listener]:
     logger.propagate = False
     try:
         yield listener
+        # NB: not where the command fails, for then its error is all that counts.
+        sys.stderr.writelines(f"autopar: warning: {w}\n" for w in dict.fromkeys(listener.warnings))
     finally:
         logger.removeHandler(listener)
         logger.setLevel(before[0])

@@ -96,8 +96,10 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as e:
+        raise SavedirError(f"cannot read {path}: {e.strerror}") from e
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise SavedirError(f"{path} is damaged ({e}); delete the folder or compile with reuse='override'") from e
     if manifest.get("format") != FORMAT:
@@ -166,7 +168,8 @@ def write(folder: Path, identity: Identity, fill: Callable[[Path], None]) -> Non
             folder.rename(old)
         tmp.rename(folder)
     except (OSError, SafetensorError) as e:
-        raise SavedirError(f"cannot write generated code to {folder}: {getattr(e, 'strerror', None) or e}; choose another gen_savedir") from e
+        why = getattr(e, "strerror", None) or e
+        raise SavedirError(f"cannot write generated code to {folder}: {why}; choose another gen_savedir") from e
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
