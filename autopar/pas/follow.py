@@ -193,7 +193,10 @@ class _Walker:
                 continue
             if isinstance(op, Call):
                 callee = self.partial.variants[v.callees[op.id]]
-                types = tuple(held.get(a, I) for a in op.args)
+                # NB: a block takes no P: the sum is made before the call, once for all uses.
+                types = tuple(I if held.get(a, I) == P else held.get(a, I) for a in op.args)
+                for a, t in zip(op.args, types, strict=True):
+                    copies[a].update([] if t is None else [t])
                 calls.append((callee.name, types))
                 made = dict(zip(op.out, self.walk(callee, types)[1], strict=True)) | {new: I for _, new in op.writes}
                 held.update(made)
