@@ -71,7 +71,8 @@ class ComputeConfig:
             object.__setattr__(self, "runtime_ngpus", self.plan_ngpus)
         if self.runtime_ngpus < 1 or self.runtime_ngpus % self.plan_ngpus:
             near = max(1, round(self.runtime_ngpus / self.plan_ngpus)) * self.plan_ngpus
-            raise ConfigError(f"runtime_ngpus {self.runtime_ngpus} is not a multiple of plan_ngpus {self.plan_ngpus}; use for example {near}")
+            numbers = f"runtime_ngpus {self.runtime_ngpus} is not a multiple of plan_ngpus {self.plan_ngpus}"
+            raise ConfigError(f"{numbers}; use for example {near}")
         if self.trace_strategy not in TRACE_STRATEGIES:
             raise ConfigError(f"unknown trace_strategy {self.trace_strategy!r}: {suggest(self.trace_strategy, TRACE_STRATEGIES)}")
         if self.guards not in GUARDS:
