@@ -129,6 +129,26 @@ def one_rank(count: int, each: int, compiled: bool) -> None:
     print(json.dumps({"times": rounds({k: make_step(m, args) for k, m in models.items()}, count, each)}))
 
 
+def guards_cost(count: int, each: int) -> None:
+    """Hugging Face GPT-2 with a padding mask, guards='error' against 'off'; prints JSON."""
+    import torch
+    from models import build
+
+    import autopar
+
+    torch.set_num_threads(1)
+    module, args = build("gpt2", n_embd=128, n_layer=4)
+    steps = {}
+    with tempfile.TemporaryDirectory() as tmp:
+        for name, guards in (("generated", "error"), ("eager", "off")):
+            compute = autopar.ComputeConfig(constant_folding=True, guards=guards)
+            made = autopar.parallelize(module, args, "dp", compute, gen_savedir=tmp, instance_name=guards, reuse="override")
+            call = made.forward
+            made.forward = lambda call=call, **kw: call(**kw).loss
+            steps[name] = make_step(made, args)
+    print(json.dumps({"times": rounds(steps, count, each)}))
+
+
 def child(*args: str, ranks: int = 1) -> dict[str, Any]:
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -153,6 +173,8 @@ def main() -> None:
         count, each = int(rest[-2]), int(rest[-1])
         if job == "two":
             two_ranks(int(rest[0]), count, each)
+        elif job == "guards":
+            guards_cost(count, each)
         else:
             one_rank(count, each, job == "compiled")
         return
@@ -168,6 +190,8 @@ def main() -> None:
     for job, name in (("eager", "one_rank_vs_eager"), ("compiled", "one_rank_vs_eager_compiled")):
         got = child(job, count, str(4 * args.steps))
         figures.append(Figure(name, ratio(got["times"], "eager"), "ratio", f"the module itself, {job}", 1.02))
+    got = child("guards", count, str(4 * args.steps))
+    figures.append(Figure("guards_cost", ratio(got["times"], "eager"), "ratio", "guards='off', Hugging Face GPT-2", 1.05))
     report(figures, args.json)
 
 
