@@ -22,11 +22,12 @@ from autopar.ir.types import Type, nesting
 from autopar.progress import stage
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 3e-3}
+FLOOR = 0.1  # errors are relative to the tensor's largest entry, but to no less than this (1 in float64, whose bound is far tighter)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The largest error of one output, gradient or buffer over all ranks, relative to the tensor's largest entry (at least 1)."""
+    """The largest error of one output, gradient or buffer over all ranks, relative to the tensor's largest entry (see FLOOR)."""
 
     what: str  # 'output [loss]', 'gradient model.embed.weight', 'buffer bn.running_mean'
     mode: str  # 'train' | 'eval'
@@ -221,7 +222,8 @@ def _difference(what: str, mode: str, rank: int, want: Tensor | None, got: Tenso
     a, b = want.to(torch.float64), got.to(torch.float64)
     same = (a == b) | (a.isnan() & b.isnan())
     finite = a[a.isfinite()]
-    scale = max(1.0, float(finite.abs().max())) if finite.numel() else 1.0
+    floor = 1.0 if limit < 1e-6 else FLOOR
+    scale = max(floor, float(finite.abs().max())) if finite.numel() else floor
     error = float(torch.where(same, 0.0, (a - b).abs() / scale).max())
     return Difference(what, mode, rank, error, limit)
 
