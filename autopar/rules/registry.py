@@ -46,7 +46,7 @@ from autopar.rules.names import canonical
 from autopar.rules.recipe import Emitted, Recipe, Split
 from autopar.rules.training import at_run_time
 
-__all__ = ["NoRule", "Rule", "canonical", "divisor", "known_ops", "localise", "recipe_of", "rule"]
+__all__ = ["NoRule", "Rule", "canonical", "divisor", "known_ops", "localise", "recipe_of", "rule", "user_rules"]
 
 TABLES = ("elementwise", "matmul", "views", "indexing", "reduce", "create",
     "embedding", "attention", "dropout", "losses", "conv", "pool", "gather", "whole",
@@ -112,6 +112,11 @@ def known_ops() -> tuple[str, ...]:
     return tuple(sorted(_rules))
 
 
+def user_rules() -> dict[str, Rule]:
+    """The rules that register_op made."""
+    return {n: r for n, r in _rules.items() if r.user}
+
+
 def recipe_of(block: Block, op: Op, *, strict: bool = False) -> Recipe | None:
     """What is known of an op; None if nothing is, then it stays replicated. A rule that fails counts as none,
 
@@ -155,4 +160,7 @@ def localise(block: Block, op: Op, recipe: Recipe, splits: tuple[Split, ...]) ->
         return Emitted(op.fn, op.args, op.kwargs)
     local = found.local_form(Case(block, op, canonical(op.fn), found.args), recipe, splits)
     # NB: a slice of a contiguous tensor need not be contiguous, so a view of it may need a copy.
-    return replace(local, fn="torch.Tensor.reshape") if local.fn == "torch.Tensor.view" else local
+    if local.fn == "torch.Tensor.view":
+        kwargs = {"shape" if k == "size" else k: v for k, v in local.kwargs.items()}
+        return replace(local, fn="torch.Tensor.reshape", kwargs=kwargs)
+    return local
