@@ -39,7 +39,7 @@ class ComputeConfig:
     """How a module is traced, split and run.
 
     plan_ngpus: devices in one scale unit; the model is split inside it.
-    runtime_ngpus: devices in all; a multiple of plan_ngpus. 0 means plan_ngpus (the world size under torchrun).
+    runtime_ngpus: devices in all; a multiple of plan_ngpus. 0 means plan_ngpus: one unit.
     constant_folding: bake sizes in; another input shape is then refused at run time.
     trace_strategy: what executes the ops while tracing (docs/tracing.md).
     guards: what happens when an input takes another path than the traced one: 'error', 'warn' or 'off'.
@@ -64,12 +64,24 @@ class ComputeConfig:
     pas_config: dict[str, Any] = field(default_factory=dict)
     user_config: dict[str, Any] = field(default_factory=dict)
 
+    def __new__(cls, *args: Any, **settings: Any) -> ComputeConfig:
+        """Raises ConfigError for an unknown key, naming the nearest valid one."""
+        names = [f.name for f in fields(cls)]
+        for key in settings:
+            if key not in names:
+                raise ConfigError(f"unknown ComputeConfig key {key!r}: {suggest(key, names)}")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
-        if not isinstance(self.plan_ngpus, int) or isinstance(self.plan_ngpus, bool) or self.plan_ngpus < 1:
+        if not _whole(self.plan_ngpus) or self.plan_ngpus < 1:
             raise ConfigError(f"plan_ngpus is {self.plan_ngpus!r}; it must be a whole number of at least 1")
+        if not _whole(self.runtime_ngpus) or self.runtime_ngpus < 0:
+            raise ConfigError(
+                f"runtime_ngpus is {self.runtime_ngpus!r}; it must be a multiple of plan_ngpus {self.plan_ngpus}, or 0 for one unit"
+            )
         if not self.runtime_ngpus:
             object.__setattr__(self, "runtime_ngpus", self.plan_ngpus)
-        if self.runtime_ngpus < 1 or self.runtime_ngpus % self.plan_ngpus:
+        if self.runtime_ngpus % self.plan_ngpus:
             near = max(1, round(self.runtime_ngpus / self.plan_ngpus)) * self.plan_ngpus
             numbers = f"runtime_ngpus {self.runtime_ngpus} is not a multiple of plan_ngpus {self.plan_ngpus}"
             raise ConfigError(f"{numbers}; use for example {near}")
@@ -77,6 +89,9 @@ class ComputeConfig:
             raise ConfigError(f"unknown trace_strategy {self.trace_strategy!r}: {suggest(self.trace_strategy, TRACE_STRATEGIES)}")
         if self.guards not in GUARDS:
             raise ConfigError(f"unknown guards {self.guards!r}: {suggest(self.guards, GUARDS)}")
+        for name in ("pas_config", "user_config"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ConfigError(f"{name} is {getattr(self, name)!r:.60}; it must be a dict")
 
     @property
     def units(self) -> int:
@@ -84,13 +99,17 @@ class ComputeConfig:
         return self.runtime_ngpus // self.plan_ngpus
 
     @classmethod
-    def of(cls, data: Mapping[str, Any]) -> ComputeConfig:
-        """Build from a mapping. Raises ConfigError for an unknown key, naming the nearest valid one."""
-        names = [f.name for f in fields(cls)]
-        for key in data:
-            if key not in names:
-                raise ConfigError(f"unknown ComputeConfig key {key!r}: {suggest(key, names)}")
-        return cls(**data)
+    def of(cls, data: ComputeConfig | Mapping[str, Any] | None) -> ComputeConfig:
+        """From a mapping of settings; None is all defaults. Raises ConfigError for an unknown key, naming the nearest valid one."""
+        if isinstance(data, cls):
+            return data
+        if data is not None and not isinstance(data, Mapping):
+            raise ConfigError(f"compute_config is {data!r:.60}; it must be a ComputeConfig or a dict of its settings")
+        return cls(**{str(k): v for k, v in (data or {}).items()})
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def _whole(n: object) -> bool:
+    return isinstance(n, int) and not isinstance(n, bool)

@@ -16,6 +16,7 @@ from torch import nn
 
 from autopar.codegen import savedir
 from autopar.codegen.emit import emit
+from autopar.codegen.identity import identify, policy_name
 from autopar.config import ComputeConfig, ReuseType
 from autopar.errors import ConfigError, PlanError
 from autopar.ir.codec import load_graph, save_graph
@@ -45,7 +46,7 @@ class Compiled:
 def compile_module(
     module: nn.Module,
     dummy_forward_args: Mapping[str, Any],
-    pas_policy: str | Callable[[Graph, ComputeConfig], Plan] | Plan,
+    pas_policy: str | Path | Callable[[Graph, ComputeConfig], Plan] | Plan,
     config: ComputeConfig,
     *,
     graph: Graph | None = None,
@@ -54,9 +55,10 @@ def compile_module(
 
     Raises TraceError, PlanError, ConfigError or CheckError, each naming the user's source line where there is one.
     """
+    pas_policy = read_policy(pas_policy)
     if graph is None:
         with stage("trace"):
-            graph = trace(module, dict(dummy_forward_args), strategy=config.trace_strategy, constant_folding=config.constant_folding)
+            graph = trace(module, dummy_forward_args, strategy=config.trace_strategy, constant_folding=config.constant_folding)
     with stage("policy"):
         plan = make_plan(graph, pas_policy, config)
     with stage("lower"):
@@ -67,11 +69,23 @@ def compile_module(
         return Compiled(graph, plan, program, emit(graph, program, guards=config.guards))
 
 
+def read_policy(pas_policy: Any) -> Any:
+    """A policy as given, or the Plan in the file that a path or a text ending in '.json' names.
+
+    Raises ConfigError for an unknown policy, PlanError for a file that is missing or damaged: before anything is traced.
+    """
+    if isinstance(pas_policy, Path) or (isinstance(pas_policy, str) and pas_policy.endswith(".json")):
+        return Plan.load(pas_policy)
+    if not isinstance(pas_policy, Plan):
+        get_policy(pas_policy)
+    return pas_policy
+
+
 def make_plan(graph: Graph, pas_policy: Any, config: ComputeConfig) -> Plan:
     """The plan of a policy (name, function or a ready Plan) with the graph's fingerprint. Raises PlanError, ConfigError."""
     plan = pas_policy if isinstance(pas_policy, Plan) else get_policy(pas_policy)(graph, config)
     if not isinstance(plan, Plan):
-        raise ConfigError(f"policy {savedir.policy_name(pas_policy)} returned {type(plan).__name__}; a policy returns an autopar.Plan")
+        raise ConfigError(f"policy {policy_name(pas_policy)} returned {type(plan).__name__}; a policy returns an autopar.Plan")
     if plan.mesh.size != config.plan_ngpus:
         raise PlanError(f"the plan's {plan.mesh} has {plan.mesh.size} devices, but plan_ngpus is {config.plan_ngpus}")
     return plan if plan.graph else replace(plan, graph=graph.fingerprint)
@@ -93,13 +107,14 @@ def compile_to(
     """
     import autopar
 
-    reuse = ReuseType.of(reuse)
-    identity = savedir.identify(module, dummy_forward_args, pas_policy, config, autopar.__version__)
+    reuse, pas_policy = ReuseType.of(reuse), read_policy(pas_policy)
+    identity = identify(module, dummy_forward_args, pas_policy, config, autopar.__version__)
     folder = savedir.folder_of(gen_savedir, identity.graph["module"], instance_name)
     decision = savedir.decide(folder, identity, reuse)
     log.info("%s: reusing %s (%s)", folder, decision.reuse, decision.reason, extra={"decision": decision})
     if decision.reuse == "code":
         return folder
+    savedir.check_writable(folder)
     old = load_graph(folder) if decision.reuse == "graph" else None
     compiled = compile_module(module, dummy_forward_args, pas_policy, config, graph=old)
 
@@ -107,7 +122,7 @@ def compile_to(
         if old is not None:
             for name in ("graph.json", "constants.safetensors", WEIGHTS):
                 if (folder / name).exists():
-                    shutil.copy2(folder / name, tmp / name)
+                    _keep(folder / name, tmp / name)
         else:
             save_graph(compiled.graph, tmp)
             save_weights(module, compiled.graph, tmp / WEIGHTS)
@@ -118,6 +133,14 @@ def compile_to(
     with stage("write"):
         savedir.write(folder, identity, fill)
     return folder
+
+
+def _keep(file: Path, new: Path) -> None:
+    """The same file in another place; its bytes are never written again, so a link will do."""
+    try:
+        new.hardlink_to(file)
+    except OSError:
+        shutil.copy2(file, new)
 
 
 def save_weights(module: nn.Module, graph: Graph, path: Path) -> None:
@@ -134,8 +157,8 @@ def save_weights(module: nn.Module, graph: Graph, path: Path) -> None:
 def parallelize(
     module: nn.Module | type[nn.Module],
     dummy_forward_args: Mapping[str, Any],
-    pas_policy: str | Callable[[Graph, ComputeConfig], Plan] | Plan = "tp",
-    compute_config: ComputeConfig | None = None,
+    pas_policy: str | Path | Callable[[Graph, ComputeConfig], Plan] | Plan = "tp",
+    compute_config: ComputeConfig | Mapping[str, Any] | None = None,
     *,
     gen_savedir: str | Path = "./.autopar",
     reuse: ReuseType | str = ReuseType.MATCH,
@@ -149,7 +172,9 @@ def parallelize(
 
     module: the module, or its class (built by `module_fn()` or without arguments). It is never changed.
     dummy_forward_args: name -> example value for every argument of forward that has no default.
-    pas_policy: a built-in policy's name ('dp', 'tp', 'data'), a function (graph, config) -> Plan, or a Plan.
+    pas_policy: a built-in policy's name ('dp', 'tp', 'data'), a function (graph, config) -> Plan, a Plan or the path of a plan.json.
+    compute_config: a ComputeConfig, or a dict of its settings.
+    gen_savedir, reuse, instance_name: where generated code is kept and when it is used again (docs/savedir.md).
     load_module: False compiles only, needs no process group, and returns the folder.
 
     Under torchrun rank 0 compiles and the others wait; an error on one rank ends all with that error.
@@ -157,7 +182,7 @@ def parallelize(
     """
     from autopar.runtime.launch import compile_once, load
 
-    config = compute_config or ComputeConfig()
+    config = ComputeConfig.of(compute_config)
     ReuseType.of(reuse)
 
     def build() -> Path:
@@ -172,6 +197,8 @@ def parallelize(
 
 def _instance(module: nn.Module | type[nn.Module], module_fn: Callable[[], nn.Module] | None) -> nn.Module:
     if isinstance(module, nn.Module):
+        if type(module).__name__ == "OptimizedModule":
+            raise ConfigError("the module is wrapped by torch.compile; give the original and compile what parallelize returns")
         return module
     if isinstance(module, type) and issubclass(module, nn.Module):
         made = module_fn() if module_fn else module()

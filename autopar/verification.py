@@ -5,6 +5,7 @@ Must not know how the program was derived; the original module is the only oracl
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -175,7 +176,7 @@ def shard(x: Tensor, t: Type, mesh: Mesh, device: int) -> Tensor:
 def _step(module: nn.Module, args: Mapping[str, Any], seed: int) -> list[tuple[str, Tensor | None]]:
     """Forward, and backward from a random cotangent; named outputs and input gradients, detached."""
     leaves = pytree.tree_map(lambda t: _leaf(t) if isinstance(t, Tensor) else t, dict(args))
-    out = module(**leaves)
+    out = _call(module, leaves)
     named = [(f"output {_path(p)}", t) for p, t in pytree.tree_flatten_with_path(out)[0] if isinstance(t, Tensor)]
     gen = torch.Generator().manual_seed(seed + 7)
     total = None
@@ -193,6 +194,28 @@ def _step(module: nn.Module, args: Mapping[str, Any], seed: int) -> list[tuple[s
         if isinstance(t, Tensor) and t.requires_grad
     ]
     return [(n, None if t is None else t.detach()) for n, t in named]
+
+
+def _call(module: nn.Module, given: dict[str, Any]) -> Any:
+    """module(...) with arguments by name, positional-only ones, *args and **kwargs among them."""
+    given = dict(given)
+    args: list[Any] = []
+    for p in inspect.signature(module.forward).parameters.values():
+        if p.kind is p.POSITIONAL_ONLY and p.name in given:
+            args.append(given.pop(p.name))
+        elif p.kind is p.VAR_POSITIONAL and p.name in given:
+            rest = given.pop(p.name)
+            args += [given.pop(n) for n in _before(module, p.name) if n in given]
+            args += rest
+        elif p.kind is p.VAR_KEYWORD and isinstance(given.get(p.name), Mapping):
+            given |= given.pop(p.name)
+    return module(*args, **given)
+
+
+def _before(module: nn.Module, name: str) -> list[str]:
+    """Arguments that may be given by position and come before one."""
+    params = list(inspect.signature(module.forward).parameters.values())
+    return [p.name for p in params[: [p.name for p in params].index(name)] if p.kind is p.POSITIONAL_OR_KEYWORD]
 
 
 def _leaf(t: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ MAY = {  # part -> the parts of the package it may import
 EXCEPTIONS = {
     ("rules/prove.py", "autopar.runtime"),  # the prover runs local forms on in-process ranks
     ("rules/register.py", "autopar.trace"),  # registering an op makes it a leaf of the tracer
-    ("runtime/launch.py", "autopar.codegen"),  # load.py executes generated files and imports nothing of the compiler
+    ("runtime/launch.py", "autopar.codegen"),  # load.py executes generated files, savedir.py reads the manifest
 }
 
 

@@ -26,7 +26,7 @@ def diff(one: str, other: str) -> str:
     text = [f"- {a}", f"+ {b}"]
     if manifest_a and manifest_b:
         for part in ("graph", "code"):
-            text += _fields(f"{part}: ", manifest_a[part], manifest_b[part])
+            text += _fields(f"{part}: ", manifest_a[part], manifest_b[part], "nothing")
     if plan_a.mesh != plan_b.mesh:
         text.append(f"mesh: {plan_a.mesh} | {plan_b.mesh}")
     graph = next((g for g in (graph_a, graph_b) if g and {plan_a.graph, plan_b.graph} <= {"", g.fingerprint}), None)
@@ -72,13 +72,13 @@ def _ops(graph: Graph, a: Plan, b: Plan) -> list[str]:
     return rows
 
 
-def _fields(prefix: str, a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+def _fields(prefix: str, a: dict[str, Any], b: dict[str, Any], absent: str = "I") -> list[str]:
     """'name: old | new' for what differs."""
     keys = [*a, *(k for k in b if k not in a)]
-    return [f"{prefix}{k}: {_shown(a.get(k))} | {_shown(b.get(k))}" for k in keys if (a.get(k) or None) != (b.get(k) or None)]
+    return [f"{prefix}{k}: {_shown(a.get(k), absent)} | {_shown(b.get(k), absent)}" for k in keys if (a.get(k) or None) != (b.get(k) or None)]
 
 
-def _shown(x: Any) -> str:
+def _shown(x: Any, absent: str) -> str:
     if isinstance(x, dict) and all(isinstance(v, str) for v in x.values()):
         return " ".join(f"{k}={v}" for k, v in x.items()) or "I"
-    return "I" if x is None else repr(x)
+    return absent if x is None else repr(x)

@@ -55,7 +55,11 @@ def _execute(source: str | Path | Mapping[str, str], file: str, package: ModuleT
     short = file.removesuffix(".py")
     module = ModuleType(f"{package.__name__}.{short}")
     module.__file__, module.__package__ = path, package.__name__
-    code = compile(text, path, "exec")
+    try:
+        code = compile(text, path, "exec")
+    except (SyntaxError, ValueError) as e:
+        where = f"{path}:{getattr(e, 'lineno', None) or 1}"
+        raise SavedirError(f"generated code {where} does not parse: {e}; undo the edit or compile again with reuse='override'") from e
     # NB: without a modification time the entry survives linecache.checkcache, so tracebacks of texts show their lines.
     linecache.cache[path] = (len(text), None, text.splitlines(True), path)
     sys.modules[module.__name__] = module

@@ -7,85 +7,35 @@ constants.safetensors, plan.json, model.py, rank<r>.py and weights.safetensors. 
 
 from __future__ import annotations
 
-import hashlib
-import inspect
+import contextlib
+import errno
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Mapping
+import socket
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
 
-from autopar.config import ComputeConfig, ReuseType
-from autopar.errors import SavedirError
+from autopar.config import ReuseType
+from autopar.errors import ConfigError, SavedirError
+
+if TYPE_CHECKING:  # NB: the runtime reads manifests, and must not load the compiler for it
+    from autopar.codegen.identity import Identity
 
 FORMAT = 1
-TRACE_FIELDS = ("constant_folding", "trace_strategy", "user_config")  # of ComputeConfig: what decides the graph
 
 
 def folder_of(gen_savedir: str | Path, module_name: str, instance_name: str | None) -> Path:
-    return Path(gen_savedir) / module_name.replace(":", ".") / (instance_name or "_")
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What a folder was made from: named fields, so that a mismatch can be explained."""
-
-    graph: dict[str, Any]
-    code: dict[str, Any]
-
-    def differences(self, other: Mapping[str, Any], part: str) -> list[str]:
-        """One line per field of a part ('graph' or 'code') that differs from a stored manifest."""
-        mine, theirs = getattr(self, part), other.get(part, {})
-        keys = [*mine, *(k for k in theirs if k not in mine)]
-        return [f"{k}: saved {theirs.get(k)!r}, now {mine.get(k)!r}" for k in keys if _plain(mine.get(k)) != theirs.get(k)]
-
-
-def identify(module: torch.nn.Module, dummy_args: Mapping[str, Any], policy: Any, config: ComputeConfig, version: str) -> Identity:
-    """The identity of a compile: module source, input schema, trace settings; then policy, configuration and version."""
-    settings = config.to_dict()
-    graph = {
-        "module": f"{type(module).__module__}.{type(module).__qualname__}",
-        "source": _source_digest(module),
-        "structure": _structure_digest(module),
-        "training": module.training,
-        "inputs": _schema(dummy_args),
-        **{k: settings.pop(k) for k in TRACE_FIELDS},
-    }
-    code = {"policy": policy_name(policy), "autopar": version, **settings}
-    return Identity(_plain(graph), _plain(code))
-
-
-def policy_name(policy: Any) -> str:
-    """A policy's identity: its name, or the digest of its source and of what it closes over; a Plan's digest."""
-    if isinstance(policy, str):
-        return policy
-    if hasattr(policy, "to_json"):
-        return "plan:" + _digest(policy.to_json())
-    if isinstance(policy, partial):
-        return f"{policy_name(policy.func)}({_settled((policy.args, policy.keywords))})"
-    try:
-        source = inspect.getsource(policy)
-    except (OSError, TypeError):
-        source = getattr(policy, "__qualname__", repr(policy))
-    name = f"{getattr(policy, '__module__', '')}.{getattr(policy, '__qualname__', type(policy).__qualname__)}"
-    # NB: mesh_policy makes one function per mesh; their source is the same. A function may close over itself.
-    held = [_settled(c.cell_contents) for c in getattr(policy, "__closure__", None) or () if c.cell_contents is not policy]
-    return f"{name}:{_digest(source + ''.join(held))}"
-
-
-def _settled(x: Any) -> str:
-    """A value as text that is the same in every process: functions by identity, not by address."""
-    if isinstance(x, Mapping):
-        return "{" + ", ".join(f"{k!r}: {_settled(v)}" for k, v in x.items()) + "}"
-    if isinstance(x, (list, tuple)):
-        return "(" + ", ".join(map(_settled, x)) + ")"
-    return policy_name(x) if callable(x) else repr(x)
+    """Where a module's code goes. Raises ConfigError for an instance name that is no plain folder name."""
+    if instance_name is not None and not re.fullmatch(r"\w[\w.=+@-]*", instance_name):
+        raise ConfigError(f"instance_name {instance_name!r} must be a plain folder name: letters, digits and any of _.=+@-")
+    return Path(gen_savedir) / module_name / (instance_name or "_")
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -102,8 +52,9 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         raise SavedirError(f"cannot read {path}: {e.strerror}") from e
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise SavedirError(f"{path} is damaged ({e}); delete the folder or compile with reuse='override'") from e
-    if manifest.get("format") != FORMAT:
-        raise SavedirError(f"{path} has format {manifest.get('format')!r}; this version reads {FORMAT}. Compile with reuse='override'")
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or not isinstance(manifest.get("files"), dict):
+        found = f"has format {manifest['format']!r}" if isinstance(manifest, dict) and "format" in manifest else "is no manifest of autopar"
+        raise SavedirError(f"{path} {found}; this version reads format {FORMAT}. Compile with reuse='override'")
     for name, size in manifest["files"].items():
         file = folder / name
         if not file.exists():
@@ -149,73 +100,77 @@ def decide(folder: Path, identity: Identity, reuse: ReuseType) -> Decision:
     return Decision("nothing", "; ".join(graph + code))
 
 
+def check_writable(folder: Path) -> None:
+    """Raise SavedirError where the folder could not be written: at once, not after a long compile."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        with tempfile.TemporaryFile(dir=folder.parent) as f:
+            f.write(b"autopar")
+    except OSError as e:
+        raise _unwritable(folder, e) from e
+
+
 def write(folder: Path, identity: Identity, fill: Callable[[Path], None]) -> None:
     """Fill a temporary folder beside the target, then rename it into place: a killed compile leaves nothing that loads.
 
     Raises SavedirError where the place cannot be written (read-only, full).
     """
-    tmp = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
-    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+    mine = f"{socket.gethostname()}-{os.getpid()}"
+    tmp, old = (folder.with_name(f".{folder.name}.{kind}-{mine}") for kind in ("tmp", "old"))
     try:
-        shutil.rmtree(tmp, ignore_errors=True)
+        _remove_leftovers(folder)
         tmp.mkdir(parents=True)
         fill(tmp)
         # NB: code may be edited by hand while debugging, so only data files are held to their size.
         files = {p.name: None if p.suffix == ".py" else p.stat().st_size for p in sorted(tmp.iterdir())}
         manifest = {"format": FORMAT, "graph": identity.graph, "code": identity.code, "files": files}
         (tmp / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-        if folder.exists():
-            folder.rename(old)
-        tmp.rename(folder)
+        _swap(tmp, folder, old)
     except (OSError, SafetensorError) as e:
-        why = getattr(e, "strerror", None) or e
-        raise SavedirError(f"cannot write generated code to {folder}: {why}; choose another gen_savedir") from e
+        raise _unwritable(folder, e) from e
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _plain(x: Any) -> Any:
-    """As it comes back from JSON."""
-    return json.loads(json.dumps(x, default=repr))
-
-
-def _digest(text: str | bytes) -> str:
-    return hashlib.sha256(text.encode() if isinstance(text, str) else text).hexdigest()[:16]
-
-
-def _source_digest(module: torch.nn.Module) -> str:
-    """Digest of the source of every module class in use; a class without source counts by name."""
-    texts = []
-    for cls in sorted({type(m) for m in module.modules()}, key=lambda c: (c.__module__, c.__qualname__)):
-        name = f"{cls.__module__}.{cls.__qualname__}"
-        if cls.__module__.split(".")[0] == "torch":
-            texts.append(name)
-            continue
+def _swap(new: Path, folder: Path, old: Path) -> None:
+    """Put a folder in another's place. Of two processes that do this at once, the later wins."""
+    for attempt in range(20):
+        with contextlib.suppress(FileNotFoundError):
+            folder.rename(old)
         try:
-            texts.append(name + inspect.getsource(cls))
-        except (OSError, TypeError):
-            texts.append(name)
-    return _digest("\n".join(texts))
+            new.rename(folder)
+            return
+        except OSError as e:
+            if e.errno not in (errno.ENOTEMPTY, errno.EEXIST) or attempt == 19:
+                raise
+            shutil.rmtree(old, ignore_errors=True)
 
 
-def _structure_digest(module: torch.nn.Module) -> str:
-    """Digest of the module tree as printed, and of every parameter's and buffer's name, shape and dtype."""
-    rows = [repr(module)]
-    for name, p in module.named_parameters(remove_duplicate=False):
-        rows.append(f"{name} {tuple(p.shape)} {p.dtype} {p.requires_grad}")
-    rows += [f"{name} {tuple(b.shape)} {b.dtype}" for name, b in module.named_buffers(remove_duplicate=False)]
-    return _digest("\n".join(rows))
+def _remove_leftovers(folder: Path) -> None:
+    """Temporary folders of compiles on this machine that were killed."""
+    host = re.escape(socket.gethostname())
+    pattern = re.compile(rf"\.{re.escape(folder.name)}\.(tmp|old)-{host}-(\d+)")
+    for p in folder.parent.iterdir() if folder.parent.is_dir() else ():
+        if (m := pattern.fullmatch(p.name)) and not _runs(int(m[2])):
+            shutil.rmtree(p, ignore_errors=True)
 
 
-def _schema(x: Any) -> Any:
-    """Shapes and dtypes of a nested input; literals by value."""
-    if isinstance(x, torch.Tensor):
-        return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
-    if isinstance(x, Mapping):
-        return {str(k): _schema(v) for k, v in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [_schema(v) for v in x]
-    if hasattr(x, "__dataclass_fields__"):
-        return {"class": type(x).__qualname__, **{k: _schema(getattr(x, k)) for k in x.__dataclass_fields__}}
-    return repr(x)
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return pid != os.getpid()
+
+
+def _unwritable(folder: Path, e: Exception) -> SavedirError:
+    why = getattr(e, "strerror", None) or str(e)
+    full = getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in why
+    return SavedirError(
+        f"cannot write generated code to {folder}: {why}; {'free some space or ' if full else ''}choose another gen_savedir"
+    )

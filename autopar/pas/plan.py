@@ -83,6 +83,8 @@ class Plan:
             return Plan.from_json(Path(path).read_text(), str(path))
         except OSError as e:
             raise PlanError(f"cannot read plan {path}: {e.strerror}") from e
+        except UnicodeDecodeError as e:
+            raise PlanError(f"{path} is not text: {e.reason} at byte {e.start}") from e
 
     def __or__(self, other: Plan) -> Plan:
         """This plan with another's entries on top (they win). Meshes must be equal."""

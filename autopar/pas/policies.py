@@ -68,8 +68,8 @@ def get_policy(policy: str | Policy) -> Policy:
     """A policy by name, or the user's own function. Raises ConfigError that names the nearest valid name."""
     if callable(policy):
         return partial(_own, policy)
-    if policy not in policies:
-        raise ConfigError(f"unknown policy {policy!r}: {suggest(policy, policies)}; or pass a function (graph, config) -> Plan")
+    if not isinstance(policy, str) or policy not in policies:
+        raise ConfigError(f"unknown policy {policy!r:.60}: {suggest(policy, policies)}; or pass a function (graph, config) -> Plan")
     return policies[policy]
 
 

@@ -36,7 +36,8 @@ def init(timeout: float = TIMEOUT) -> torch.device:
         if missing:
             raise LayoutError(
                 f"this is not a process of a distributed run: {', '.join(missing)} not set. Launch with "
-                f"`{_LAUNCH.format(n='N')}`, or use autopar.verify to run all ranks in one process."
+                f"`{_LAUNCH.format(n='N')}`; without processes, parallelize(..., load_module=False) compiles only and "
+                "autopar.verify runs all ranks in one process."
             )
         device = local_device()
         own = device.type == "cuda" and _local_world() <= torch.cuda.device_count()
@@ -48,6 +49,11 @@ def init(timeout: float = TIMEOUT) -> torch.device:
         else:
             dist.init_process_group("gloo", timeout=limit)
     return local_device()
+
+
+def alone() -> bool:
+    """Whether this is a process of its own, not one of a distributed run."""
+    return not dist.is_initialized() and "RANK" not in os.environ
 
 
 def local_device() -> torch.device:
@@ -75,7 +81,7 @@ def rank_mesh(
     """
     axes = tuple(getattr(axes, "axes", axes))
     unit = prod(k for _, k in axes)
-    if unit == 1 and not dist.is_initialized() and "RANK" not in os.environ:
+    if unit == 1 and alone():
         return RankMesh(axes, 0, 1, _no_peers, torch.device(device) if device else local_device())
     here = init(timeout)
     world, rank = dist.get_world_size(), dist.get_rank()
@@ -138,7 +144,9 @@ def fail_together(what: str, fn: Callable[[], T], timeout: float = TIMEOUT) -> T
             return result
         if time.monotonic() > deadline:
             late = [r for r in range(world) if not store.check([f"{prefix}/done/{r}"])]
-            raise LayoutError(f"rank {', '.join(map(str, late))} did not {what} within {timeout:g} s")
+            text = f"rank {', '.join(map(str, late))} did not {what} within {timeout:g} s"
+            store.compare_set(f"{prefix}/error", "", text)  # so that a late rank ends too
+            raise LayoutError(text)
         time.sleep(pause)
         pause = min(pause * 1.5, 0.2)
     error = store.get(f"{prefix}/error").decode()

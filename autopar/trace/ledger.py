@@ -322,7 +322,7 @@ class Ledger:
     def need_values(self, what: str) -> NoReturn:
         self.fail(
             f"{what} numbers that depend on parameters or floating inputs, which trace_strategy='meta' does not compute; "
-            "use 'cpu', 'cuda', 'cuda_run_cpu_offload' or 'reuse_cache'",
+            "use 'cpu', 'cuda' or 'cuda_run_cpu_offload'",
             ValueReadError,
         )
 

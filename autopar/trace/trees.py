@@ -79,7 +79,8 @@ def call_of(module: torch.nn.Module, given: Mapping[str, Any]) -> tuple[list[ins
 
     Raises TraceError for a name forward does not take and for a required argument that is missing.
     """
-    where = f"{type(module).__qualname__}.forward"
+    code = getattr(inspect.unwrap(module.forward), "__code__", None)
+    where = f"{type(module).__qualname__}.forward" + (f" ({code.co_filename}:{code.co_firstlineno})" if code else "")
     params = list(inspect.signature(module.forward).parameters.values())
     names = [p.name for p in params]
     extra = next((p for p in params if p.kind is p.VAR_KEYWORD), None)
@@ -98,7 +99,9 @@ def call_of(module: torch.nn.Module, given: Mapping[str, Any]) -> tuple[list[ins
         values[extra.name] = {**named, **{k: v for k, v in given.items() if k not in names}}
     missing = [p.name for p in params if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.default is MISSING and p.name not in values]
     if missing:
-        raise TraceError(f"{where} needs {', '.join(map(repr, missing))}: add it to dummy_forward_args")
+        by_name = "; positional-only arguments are given by name too" if any(p.kind is p.POSITIONAL_ONLY for p in params) else ""
+        them = "it" if len(missing) == 1 else "them"
+        raise TraceError(f"{where} needs {', '.join(map(repr, missing))}: add {them} to dummy_forward_args{by_name}")
     return params, values
 
 
