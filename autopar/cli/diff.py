@@ -75,7 +75,8 @@ def _ops(graph: Graph, a: Plan, b: Plan) -> list[str]:
 def _fields(prefix: str, a: dict[str, Any], b: dict[str, Any], absent: str = "I") -> list[str]:
     """'name: old | new' for what differs."""
     keys = [*a, *(k for k in b if k not in a)]
-    return [f"{prefix}{k}: {_shown(a.get(k), absent)} | {_shown(b.get(k), absent)}" for k in keys if (a.get(k) or None) != (b.get(k) or None)]
+    rows = [(k, a.get(k), b.get(k)) for k in keys]
+    return [f"{prefix}{k}: {_shown(x, absent)} | {_shown(y, absent)}" for k, x, y in rows if (x or None) != (y or None)]
 
 
 def _shown(x: Any, absent: str) -> str:

@@ -13,11 +13,11 @@ import json
 import re
 import sys
 import sysconfig
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache, partial
-from itertools import groupby
 from pathlib import Path
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -31,6 +31,7 @@ TRACE_FIELDS = ("constant_folding", "trace_strategy", "user_config")  # of Compu
 SHOWN = 6  # differing fields of one kind that a message lists
 HASHED = 1 << 22  # elements: larger tensors count by shape only
 BUDGET = 20000  # objects of a value that are looked at: the rest counts by class
+_NONE = object()
 _PLAIN = frozenset(vars(torch.nn.Module())) | {"training"}
 _PATHS = sysconfig.get_paths()
 _SITE = tuple({_PATHS["purelib"], _PATHS["platlib"]})
@@ -50,15 +51,23 @@ class Identity:
         keys = [k for k in [*mine, *(k for k in theirs if k not in mine)] if mine.get(k) != theirs.get(k)]
         if mine.get("weights") == "none":  # a module on the meta device may well use weights that were saved before
             keys = [k for k in keys if k != "weights"]
+        kinds: dict[str, list[str]] = {}
+        for k in keys:
+            a, b = _shown(theirs.get(k, _NONE), mine.get(k, _NONE))
+            kinds.setdefault(k.partition(".")[0], []).append(f"{k}: saved {a}, now {b}")
         out = []
-        for kind, group in groupby(keys, lambda k: k.partition(".")[0]):
-            lines = [f"{k}: saved {_shown(theirs, k)}, now {_shown(mine, k)}" for k in group]
+        for kind, lines in kinds.items():
             out += lines[:SHOWN] + [f"{kind}: {len(lines) - SHOWN} more"] * (len(lines) > SHOWN)
         return out
 
 
-def _shown(table: Mapping[str, Any], key: str) -> str:
-    return repr(table[key]) if key in table else "nothing"
+def _shown(a: Any, b: Any) -> tuple[str, str]:
+    """Two values of a field as text; of long descriptions only the words that differ."""
+    if isinstance(a, str) and isinstance(b, str) and len(a) + len(b) > 120:
+        x, y = a.split(), b.split()
+        common = set(x) & set(y)
+        a, b = (" ".join(w for w in words if w not in common)[:300] or words[0] for words in (x, y))
+    return tuple("nothing" if v is _NONE else repr(v) for v in (a, b))  # type: ignore[return-value]
 
 
 def identify(module: torch.nn.Module, dummy_args: Any, policy: Any, config: ComputeConfig, version: str) -> Identity:
@@ -71,7 +80,7 @@ def identify(module: torch.nn.Module, dummy_args: Any, policy: Any, config: Comp
     graph: dict[str, Any] = {
         "module": f"{type(module).__module__}.{type(module).__qualname__}",
         **{f"source.{k}": v for k, v in sorted(walk.found.items())},
-        **{f"structure.{k}": v for k, v in structure(module).items()},
+        **structure(module),
         "weights": "none" if any(t.is_meta for t in weights) else "saved",
         "training": module.training,
         "ambient": _ambient(),
@@ -227,27 +236,68 @@ def _bytecode(code: CodeType) -> str:
 # ---- structure ----------------------------------------------------------------------------------------------
 
 
-def structure(module: torch.nn.Module) -> dict[str, str]:
-    """Every submodule with its settings and every tensor, numbers in names as '*': 'layers.*.up.weight' -> 'float32[16, 8] (x4)'."""
+def structure(module: torch.nn.Module) -> dict[str, Any]:
+    """Every submodule with its settings and every tensor, numbers in names as '*', and the fields of objects they hold.
+
+    'structure.layers.*.up.weight' -> 'float32[16, 8] (x4)', 'settings.LlamaConfig.hidden_size' -> 64.
+    """
     rows: dict[str, list[str]] = {}
-    known: dict[int, tuple[Any, str]] = {}
+    objects = _Objects()
     for name, m in module.named_modules():
         settings = {k: v for k, v in vars(m).items() if k not in _PLAIN}
         settings |= {"training": m.training} if m.training != module.training else {}
         settings |= {k: list(v.values()) for k in ("_forward_hooks", "_forward_pre_hooks") if (v := getattr(m, k))}
-        shown = [type(m).__qualname__, *(f"{k}={_remembered(v, known)}" for k, v in settings.items())]
+        shown = [type(m).__qualname__, *(f"{k}={objects.name(v)}" for k, v in settings.items())]
         rows.setdefault(_pattern(name) or "root", []).append(" ".join(shown))
+    tied: dict[int, list[str]] = {}
     for name, p in module.named_parameters(remove_duplicate=False):
         rows.setdefault(_pattern(name), []).append(_tensor(p) + ("" if p.requires_grad else " frozen"))
+        tied.setdefault(id(p), []).append(name)
     for name, b in module.named_buffers(remove_duplicate=False):
         rows.setdefault(_pattern(name), []).append(_tensor(b) + " buffer")
-    tied: dict[int, list[str]] = {}
-    for name, p in [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]:
-        tied.setdefault(id(p), []).append(name)
+        tied.setdefault(id(b), []).append(name)
     for names in tied.values():
         if len(names) > 1:
             rows.setdefault(_pattern(names[0]), []).append(f"tied to {', '.join(names[1:])}")
-    return {k: _counted(v) for k, v in rows.items()}
+    return {f"structure.{k}": _counted(v) for k, v in rows.items()} | {f"settings.{k}": v for k, v in objects.fields.items()}
+
+
+class _Objects:
+    """Names for what modules hold; an object shared by many modules (a config) is read once, field by field."""
+
+    def __init__(self) -> None:
+        self.fields: dict[str, Any] = {}
+        self._known: dict[int, tuple[Any, str]] = {}
+        self._count: Counter[str] = Counter()
+
+    def name(self, x: Any) -> str:
+        if isinstance(x, _LITERALS):
+            return repr(x)
+        if id(x) not in self._known:
+            self._known[id(x)] = (x, self._read(x))
+        return self._known[id(x)][1]
+
+    def _read(self, x: Any) -> str:
+        own = getattr(x, "__dict__", None)
+        if own and not isinstance(x, (torch.Tensor, torch.nn.Module, Mapping, type, FunctionType, partial, Enum)):
+            kind = type(x).__qualname__
+            self._count[kind] += 1
+            kind += f"#{self._count[kind]}" if self._count[kind] > 1 else ""
+            # NB: hashes of texts differ between processes
+            self.fields |= {f"{kind}.{k}": _value(v) for k, v in sorted(own.items()) if "hash" not in k}
+            return kind
+        return _short(x)
+
+
+def _value(x: Any) -> Any:
+    """What JSON can hold as it is, anything else as text."""
+    plain = isinstance(x, (bool, int, str, type(None))) or (isinstance(x, float) and x - x == 0)
+    return x if plain else _short(x)
+
+
+def _short(x: Any) -> str:
+    full = text(x)
+    return full if len(full) <= 60 else f"{type(x).__qualname__}:{digest(full)}"
 
 
 def _pattern(name: str) -> str:
@@ -256,21 +306,10 @@ def _pattern(name: str) -> str:
 
 def _counted(rows: list[str]) -> str:
     """Equal rows once, with their number; where there are several kinds, a digest stands for their order."""
-    kinds: dict[str, int] = {}
-    for r in rows:
-        kinds[r] = kinds.get(r, 0) + 1
-    shown = "; ".join(f"{r} (x{n})" if n > 1 else r for r, n in kinds.items())
-    return shown if len(kinds) < 2 else f"{shown} [{digest(repr(rows))[:6]}]"
-
-
-def _remembered(x: Any, known: dict[int, tuple[Any, str]]) -> str:
-    """text(x), long ones by digest; objects shared by many modules (a config) are read once."""
-    if isinstance(x, _LITERALS):
-        return repr(x)
-    if id(x) not in known:
-        full = text(x)
-        known[id(x)] = (x, full if len(full) <= 60 else f"{type(x).__qualname__}:{digest(full)}")
-    return known[id(x)][1]
+    kinds = Counter(rows)
+    shown = "; ".join(f"{r} (x{n})" if n > 1 else r for r, n in list(kinds.items())[:4])
+    more = f"; {len(kinds) - 4} more kinds" if len(kinds) > 4 else ""
+    return shown if len(kinds) < 2 else f"{shown}{more} [{digest(repr(rows))[:6]}]"
 
 
 def _tensor(t: torch.Tensor) -> str:
@@ -322,7 +361,8 @@ class _Text:
         if self.walk is not None:
             self.walk.visit(type(x))
         if fields := getattr(x, "__dict__", None):
-            return f"{type(x).__qualname__}{self.of(dict(sorted(fields.items())), seen)}"
+            kept = {k: v for k, v in sorted(fields.items()) if "hash" not in k}  # NB: hashes of texts differ between processes
+            return f"{type(x).__qualname__}{self.of(kept, seen)}"
         try:
             return re.sub(r" at 0x[0-9a-f]+", "", repr(x))
         except Exception:
@@ -343,7 +383,7 @@ def _content(cell: Any) -> Any:
         return None
 
 
-def _schema(x: Any, path: str = "") -> Iterator[tuple[str, str]]:
+def _schema(x: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Shapes and dtypes of a nested input by path; literals by value.
 
     NB: a mask that is all ones takes another path through a model than one that is not, so that much of the numbers counts.
@@ -363,7 +403,7 @@ def _schema(x: Any, path: str = "") -> Iterator[tuple[str, str]]:
         for k in x.__dataclass_fields__:
             yield from _schema(getattr(x, k), f"{path}.{k}".lstrip("."))
     else:
-        yield path, text(x)
+        yield path, _value(x)
 
 
 def _flat(table: Mapping[str, Any]) -> dict[str, Any]:
@@ -373,7 +413,7 @@ def _flat(table: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(v, Mapping):
             out |= {f"{k}.{n}": inner for n, inner in _flat({str(n): i for n, i in v.items()}).items()}
         else:
-            out[k] = v if isinstance(v, (bool, int, float, str, type(None))) else text(v)
+            out[k] = _value(v)
     return out
 
 

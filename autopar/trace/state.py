@@ -11,19 +11,23 @@ import torch
 
 
 class ModuleState:
-    """A shallow picture of every submodule, and deep enough to undo list.append and in-place writes to parameters."""
+    """A shallow picture of every submodule, and deep enough to undo list.append, self.config.x = 1 and in-place writes to parameters."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         self._modules: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._containers: list[tuple[Any, Any]] = []
         self._parameters = [(p, p.requires_grad, p.grad) for p in module.parameters()]
         self._data: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        objects: dict[int, dict[str, Any]] = {}
         for m in module.modules():
             d = m.__dict__
             self._modules.append((d, dict(d)))
             for v in d.values():
                 if isinstance(v, (dict, list, set)):
                     self._containers.append((v, v.copy()))
+                elif not isinstance(v, (torch.Tensor, torch.nn.Module, type)) and type(getattr(v, "__dict__", None)) is dict:
+                    objects[id(v)] = v.__dict__
+        self._containers += [(d, d.copy()) for d in objects.values()]
 
     def save_data(self, tensor: torch.Tensor) -> None:
         """Keep the numbers of a parameter that is about to be written in place."""
