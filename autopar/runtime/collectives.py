@@ -109,11 +109,14 @@ class _Row(torch.autograd.Function):
 
     run: Any
     dual: Any
+    shares: bool  # whether the result may be (a view of) the tensor itself
 
     @classmethod
     def forward(cls, ctx: Any, x: Tensor, axis: Axis, *dims: Dim) -> Tensor:
         ctx.axis, ctx.dims = axis, dims
-        return cls.run(x, axis, *dims)
+        out = cls.run(x, axis, *dims)
+        # NB: a new result may be a view of the buffer that was received into, and autograd lets nobody write to a view made in here.
+        return out if cls.shares else out.detach()
 
     @classmethod
     def backward(cls, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -131,7 +134,8 @@ class _Row(torch.autograd.Function):
 
 def _row(name: str, run: Any, dual: Any) -> Any:
     """The conversion function of one row; `name` is what its nodes are called in an autograd graph."""
-    return type(name, (_Row,), {"run": staticmethod(run), "dual": staticmethod(dual)}).convert
+    shares = run in (_nothing, _slice, _keep_first)
+    return type(name, (_Row,), {"run": staticmethod(run), "dual": staticmethod(dual), "shares": shares}).convert
 
 
 def i_to_r(x: Tensor, axis: Axis) -> Tensor:

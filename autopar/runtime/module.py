@@ -5,6 +5,7 @@ Must not know how the code was generated, nor where weights come from (a reader 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -191,9 +192,7 @@ class ParallelModule(Block):
         for prefix, block in self._blocks():
             for name, p in block._declared.items():
                 full = prefix + name
-                dim, pieces = p.pieces(self.mesh)
-                parts = [reader(full, piece) for piece in pieces]
-                t = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+                t = p.shard(self.mesh, partial(reader, full))
                 if tuple(t.shape) != p.local_shape(self.mesh) or t.dtype != p.dtype:
                     raise LayoutError(
                         f"the weights of {full} are {tuple(t.shape)} {t.dtype}; "

@@ -5,6 +5,7 @@ Must not know modules or files. Reads the type texts 'R', 'I', 'S(dim)', 'S(dim,
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -68,18 +69,23 @@ class Placement:
         """Number of equal parts of a dim, each of which is sharded."""
         return max((g for kind, d, _, g in map(_parse, self.types) if kind == "S" and d == dim), default=1)
 
-    def pieces(self, mesh: RankMesh) -> tuple[int, list[tuple[slice, ...]]]:
-        """(dim, slices of each piece): this rank's shard is the pieces of the whole tensor put together along the dim.
+    def shard(self, mesh: RankMesh, read: Callable[[tuple[slice, ...]], torch.Tensor]) -> torch.Tensor:
+        """This rank's part of the whole tensor, of which read(slices) gives a slice.
 
-        More than one piece only where a dim is sharded inside groups.
+        It is read in several pieces only where a dim is sharded inside groups: its part of each group, put together.
         """
-        whole = self.slices(mesh)
-        dim = next((d for d in range(len(self.shape)) if self.groups(d) > 1), 0)
-        if not self.shape or self.groups(dim) == 1:
-            return 0, [whole]
-        part, mine = self.shape[dim] // self.groups(dim), whole[dim]
-        starts = range(0, self.shape[dim], part)
-        return dim, [(*whole[:dim], slice(s + mine.start, s + mine.stop), *whole[dim + 1 :]) for s in starts]
+        first = self.slices(mesh)
+
+        def along(dim: int, done: tuple[slice, ...]) -> torch.Tensor:
+            if dim == len(self.shape):
+                return read(done)
+            groups, mine = self.groups(dim), first[dim]
+            if groups == 1 or mine == slice(None):
+                return along(dim + 1, (*done, mine))
+            starts = range(0, self.shape[dim], self.shape[dim] // groups)
+            return torch.cat([along(dim + 1, (*done, slice(s + mine.start, s + mine.stop))) for s in starts], dim)
+
+        return along(0, ())
 
     def slices(self, mesh: RankMesh) -> tuple[slice, ...]:
         """This rank's slice of the whole tensor, one per dim; slice(None) where the dim is whole.
@@ -96,8 +102,8 @@ class Placement:
         return tuple(out)
 
     def local_shape(self, mesh: RankMesh) -> tuple[int, ...]:
-        sizes = [n if s == slice(None) else s.stop - s.start for n, s in zip(self.shape, self.slices(mesh), strict=True)]
-        return tuple(n * self.groups(d) for d, n in enumerate(sizes))
+        slices = enumerate(zip(self.shape, self.slices(mesh), strict=True))
+        return tuple(n if s == slice(None) else (s.stop - s.start) * self.groups(d) for d, (n, s) in slices)
 
     def replicated(self, mesh: RankMesh) -> tuple[str, ...]:
         """The axes along which each rank holds a part of the gradient (type R)."""
