@@ -1,0 +1,170 @@
+"""What the gradient reducer is made of: the parameters it looks after, the pieces an optimizer updates, and flat buckets of gradients.
+Must not know when a bucket is reduced (reducer.py) nor who updates what (zero.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from autopar.errors import ConfigError, LayoutError
+from autopar.runtime.axis import Axis
+from autopar.runtime.mesh import UNITS, RankMesh
+
+
+@dataclass(frozen=True)
+class Item:
+    """One parameter the reducer looks after."""
+
+    name: str  # original qualified name in the whole user module
+    param: nn.Parameter  # the local parameter
+    axis: Axis | None  # the joint axis its gradient is summed over; None: nothing to sum
+    block: str = ""  # path of the Block instance that declares it; "" for parameters of ordinary modules
+    mesh: RankMesh | None = None
+    held: tuple[str, ...] = ()  # mesh axes along which the ranks hold the same local parameter, 'units' among them
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What an optimizer updates: entries [start, stop) of the flattened local parameter."""
+
+    name: str
+    start: int
+    stop: int
+    param: nn.Parameter  # the parameter itself, or with ZeRO a 1-D parameter of these entries
+    whole_shape: torch.Size  # of the local parameter
+
+
+def collect_items(module: nn.Module, mesh: RankMesh | None = None) -> list[Item]:
+    """Every trained parameter of a module with ParallelModules inside, once, in the order of named_parameters. NB: collective.
+
+    Parameters outside of parallel modules are the same on all ranks of a scale unit, and are summed over the units. A module with no
+    parallel module inside needs a mesh, or each process is a unit. Raises ConfigError where parallel modules differ in size.
+    """
+    from autopar.runtime.groups import rank_mesh
+    from autopar.runtime.module import Block, ParallelModule
+
+    parts = [(path, m) for path, m in module.named_modules() if isinstance(m, ParallelModule)]
+    sizes = {m.mesh.unit_size: path for path, m in parts}
+    if len(sizes) > 1:
+        (a, first), (b, second) = list(sizes.items())[:2]
+        raise ConfigError(
+            f"parallel module {first!r} was compiled for plan_ngpus={a}, {second!r} for plan_ngpus={b}; "
+            f"all parallel modules of a model need the same"
+        )
+    mesh = parts[0][1].mesh if parts else mesh or rank_mesh((("device", 1),))
+    joint = mesh.replicas if mesh.units > 1 else None
+    known: dict[int, Item] = {}
+    for path, m in parts:
+        prefix = path + "." if path else ""
+        placements, axes = m.named_placements(), m.reduce_axes()
+        owner = {p + name: (prefix + p).rstrip(".") for p, block in m._blocks() for name in block._declared}
+        # NB: in the order of their sets, so that all ranks create their groups alike.
+        joined = {names: m.mesh.join(names) for names in sorted(set(axes.values())) if names}
+        for name, names in axes.items():
+            p, types = m.get_parameter(name), placements[name].types
+            held = (UNITS, *(n for n, t in zip(m.mesh.names, types, strict=True) if t in ("R", "I")))
+            known[id(p)] = Item(prefix + name, p, joined.get(names), owner[name], m.mesh, held)
+    out = []
+    for name, p in module.named_parameters():
+        if p.requires_grad:
+            inside = next((path for path, m in parts if isinstance(m, Block) and name.startswith(path + ".")), "")
+            out.append(known.get(id(p)) or Item(name, p, joint, inside, mesh, (UNITS, *mesh.names)))
+    return out
+
+
+def ranks_of(axis: Axis) -> tuple[int, ...]:
+    """The world ranks along an axis."""
+    if axis.comm is None:
+        return (axis.world_rank,)
+    group = axis.comm.group
+    return group if isinstance(group, tuple) else tuple(dist.get_process_group_ranks(group))
+
+
+@dataclass(eq=False)
+class Bucket:
+    """Parameters of one dtype and device whose gradients travel together, back to back in one flat buffer."""
+
+    axis: Axis
+    items: list[Item] = field(default_factory=list)
+    numel: int = 0
+    shards: int = 1  # the buffer is padded to a multiple of this
+    block: str = ""
+    state: str = "open"  # 'open' | 'launched' | 'reduced'
+    flat: Tensor | None = None  # gradients, padding, and one count per parameter; made when first needed
+    have: list[bool] = field(default_factory=list)  # of this step: does this rank have a gradient?
+
+    @property
+    def padded(self) -> int:
+        return -(-self.numel // self.shards) * self.shards
+
+    @property
+    def grads(self) -> Tensor:
+        """The gradients, and padding."""
+        return self.flat[: self.padded]
+
+    @property
+    def counts(self) -> Tensor:
+        """Per parameter, the number of ranks that have a gradient."""
+        return self.flat[self.padded :]
+
+    def spans(self) -> Iterator[tuple[Item, int, int]]:
+        """(item, start, stop) of each parameter in the flat buffer."""
+        at = 0
+        for item in self.items:
+            yield item, at, at + item.param.numel()
+            at += item.param.numel()
+
+    def allocate(self) -> None:
+        like = self.items[0].param
+        self.flat = torch.empty(self.padded + len(self.items), dtype=like.dtype, device=like.device)
+        self.flat[self.numel : self.padded].zero_()
+        self.views = [self.flat[a:b].view(i.param.shape) for i, a, b in self.spans()]
+
+    @torch.no_grad()
+    def fill(self) -> None:
+        """Bring every gradient into the buffer (where it is not there already: accumulation goes on in place) and let .grad be its view."""
+        if self.flat is None:
+            self.allocate()
+        params = [i.param for i in self.items]
+        grads = [p.grad for p in params]
+        for item, g in zip(self.items, grads, strict=True):
+            if g is not None and g.layout != torch.strided:
+                raise LayoutError(f"the gradient of {item.name} is sparse; only dense gradients can be summed (use sparse=False)")
+        self.have = [g is not None for g in grads]
+        new = [(p, v, g) for p, v, g in zip(params, self.views, grads, strict=True) if g is not None and g is not v]
+        if new:
+            torch._foreach_copy_([v for _, v, _ in new], [g for _, _, g in new])
+            for p, v, _ in new:
+                p.grad = v
+        if all(self.have):
+            self.counts.fill_(1)
+        else:
+            self.counts.copy_(torch.tensor(self.have, dtype=self.flat.dtype))
+            torch._foreach_zero_([v for v, h in zip(self.views, self.have, strict=True) if not h])
+
+
+def make_buckets(items: Sequence[Item], cap_mb: float, *, per_block: bool = False) -> list[Bucket]:
+    """Buckets in backward order: the last parameter first. A parameter above the cap has a bucket of its own.
+
+    The layout depends on the items alone, so ranks agree on it without asking.
+    """
+    open_: dict[tuple, Bucket] = {}
+    out: list[Bucket] = []
+    for item in reversed(items):
+        p = item.param
+        key = (ranks_of(item.axis), p.dtype, p.device, item.block if per_block else "")
+        cap = int(cap_mb * 2**20 / p.dtype.itemsize)
+        bucket = open_.get(key)
+        if bucket is None or bucket.numel + p.numel() > cap:
+            bucket = Bucket(item.axis, block=item.block if per_block else "")
+            out.append(bucket)
+            if p.numel() <= cap:
+                open_[key] = bucket
+        bucket.items.append(item)
+        bucket.numel += p.numel()
+    return out
