@@ -43,6 +43,10 @@ class GuardError(AutoparError, RuntimeError):
     """A run-time input takes another path through the model than the traced one."""
 
 
+class CheckpointError(AutoparError, RuntimeError):
+    """A checkpoint or state dict is damaged, incomplete, or does not fit the module or optimizer."""
+
+
 class LayoutError(AutoparError, RuntimeError):
     """The running processes do not fit the generated code (world size, rank, device, shapes)."""
 
