@@ -5,11 +5,12 @@ Must not know about autograd (collectives.py), about the whole mesh (groups.py) 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from math import prod
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -206,6 +207,24 @@ class Axis:
         return t.unflatten(dim, (self.size, n)).movedim(dim, 0).contiguous()
 
 
+_SLICE = timedelta(seconds=0.2)
+interrupt: list[Callable[[], None]] = []  # called while a gloo collective waits; raises where a rank has failed (faults.py)
+
+
+def wait(work: dist.Work) -> None:
+    """Wait for a gloo collective that was started with async_op=True, no longer than until another rank is known to have failed."""
+    while interrupt:
+        try:
+            work.wait(_SLICE)
+            return
+        except RuntimeError:
+            if work.is_completed():
+                break  # NB: it may have succeeded just now
+            for check in interrupt:
+                check()
+    work.wait()
+
+
 class DistComm:
     """torch.distributed: NCCL for CUDA tensors, gloo for CPU ones; a gloo group takes CUDA tensors through host memory."""
 
@@ -214,36 +233,42 @@ class DistComm:
         self.staged = dist.get_backend(self.group) == "gloo"
         self._ops = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
+    def _run(self, collective: Callable[..., dist.Work | None], *args: Any, **kwargs: Any) -> None:
+        if self.staged:
+            wait(collective(*args, group=self.group, async_op=True, **kwargs))
+        else:
+            collective(*args, group=self.group, **kwargs)
+
     def _host(self, t: torch.Tensor) -> torch.Tensor:
         return t.cpu() if self.staged and t.is_cuda else t
 
     def all_reduce_(self, t: torch.Tensor, op: str) -> None:
         here = self._host(t)
-        dist.all_reduce(here, self._ops[op], group=self.group)
+        self._run(dist.all_reduce, here, self._ops[op])
         if here is not t:
             t.copy_(here)
 
     def all_gather_into(self, stacked: torch.Tensor, t: torch.Tensor) -> None:
         out = torch.empty_like(stacked, device="cpu") if self.staged and t.is_cuda else stacked
         # NB: flat, here and below: NCCL takes stacked or concatenated, gloo the one or the other.
-        dist.all_gather_into_tensor(out.view(-1), self._host(t).view(-1), group=self.group)
+        self._run(dist.all_gather_into_tensor, out.view(-1), self._host(t).view(-1))
         if out is not stacked:
             stacked.copy_(out)
 
     def reduce_scatter_into(self, t: torch.Tensor, stacked: torch.Tensor) -> None:
         out = torch.empty_like(t, device="cpu") if self.staged and t.is_cuda else t
-        dist.reduce_scatter_tensor(out.view(-1), self._host(stacked).view(-1), group=self.group)
+        self._run(dist.reduce_scatter_tensor, out.view(-1), self._host(stacked).view(-1))
         if out is not t:
             t.copy_(out)
 
     def all_to_all_into(self, out: torch.Tensor, stacked: torch.Tensor) -> None:
         here = torch.empty_like(out, device="cpu") if self.staged and out.is_cuda else out
-        dist.all_to_all_single(here.view(-1), self._host(stacked).view(-1), group=self.group)
+        self._run(dist.all_to_all_single, here.view(-1), self._host(stacked).view(-1))
         if here is not out:
             out.copy_(here)
 
     def broadcast_(self, t: torch.Tensor, src: int) -> None:
         here = self._host(t)
-        dist.broadcast(here, group=self.group, group_src=src)
+        self._run(dist.broadcast, here, group_src=src)
         if here is not t:
             t.copy_(here)
