@@ -92,6 +92,11 @@ class Classes:
                         counts.setdefault(item.block, {}).setdefault(inner, Counter())[b.values[arg].name] += 1
         return {b: {v: c.most_common(1)[0][0] for v, c in names.items()} for b, names in counts.items()}
 
+    def _input_names(self, block: LoweredBlock) -> dict[int, str]:
+        """Input value -> what the user's forward calls it."""
+        names = self.graph.blocks[block.source].input_names
+        return {v: n for v, n in zip(block.inputs, names, strict=False) if n}
+
     def write(self, block: LoweredBlock) -> list[str]:
         """The lines of the class of a block."""
         root = block.name == self.program.root
@@ -105,7 +110,7 @@ class Classes:
             list_length=lambda path: self.list_sizes.get(join(first, path), 0),
             set_buffers=frozenset(p.name for p in block.params if join(first, p.name) in self.set_buffers),
             guards=self.guards != "off",
-            hints={} if root else self.input_hints.get(block.name, {}),
+            hints={} if root else self.input_hints.get(block.name, {}) | self._input_names(block),
             free_bytes=self.free_bytes,
             training=self.graph.training,
         )
@@ -171,6 +176,8 @@ class Classes:
                 if t.aliases and t.name not in self.owner:
                     named = next(n for n in t.aliases if n in self.owner)
                     body.append(Stmt(f"self.alias({string(t.name)}, {string(named)})"))
+        if root and not self.graph.training:
+            body.append(Stmt("self.eval()", "as the module was when it was traced"))
         return [*lines, *print_body(body, 8), ""]
 
     def _declare(self, name: str, t: Tensor) -> str:

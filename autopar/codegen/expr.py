@@ -372,6 +372,8 @@ class Printer:
     def _special(self, fn: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Code:
         if fn == "autopar:set_buffer":
             return Code(f"{attribute('self', args[0])} = {self.code(args[1]).text}", statement=True)
+        if fn == "autopar:select_training":
+            return Code(f"{self.code(args[0]).at(OR)} if self.training else {self.code(args[1]).at(IF)}", IF)
         assert not kwargs and len(args) <= 1, fn
         return self._global(fn) if not args else self.code(args[0])
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from autopar.codegen.block import Forward
 from autopar.codegen.expr import Code, string
+from autopar.codegen.layout import long_where
 from autopar.errors import AutoparError
 from autopar.ir.graph import Argument, Graph, Ref, Struct
 from autopar.ir.graph import refs as graph_refs
@@ -29,9 +30,18 @@ class Signature:
             if isinstance(a.tree, Ref) and not a.kind.startswith("var_") and not forward.names.known(self.local[a.tree.id]):
                 forward.names.bind(self.local[a.tree.id], a.name)
         self.params = [self._param(a) for a in graph.arguments]
-        self.stmts: list[str] = []
+        self.stmts: list[str] = self._mode()
         for a in graph.arguments:
             self._check(a.tree, a.name, a.name, top=True)
+
+    def _mode(self) -> list[str]:
+        """The check of the mode, where the other one takes a path that the graph does not have."""
+        src = self.graph.branch
+        if src is None:
+            return []
+        self.forward.around.imports.used.add("ap")
+        text = " ".join(src.text.split())
+        return [f"ap.check_mode(self.training, {self.graph.training}, {string(long_where(src))}, {string(text)})"]
 
     # -- def forward(...)
 

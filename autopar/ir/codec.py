@@ -161,10 +161,12 @@ def graph_fingerprint(graph: Graph) -> str:
     for b in graph.blocks.values():
         values = tuple(replace(v, name="") for v in b.values)
         ops = tuple(x if isinstance(x, ir.Call) else replace(x, src=SOURCE) for x in b.ops)
-        put(replace(b, values=values, ops=ops))
+        put(replace(b, values=values, ops=ops, input_names=()))
     for n, _ in _fields(Graph):
-        if n not in ("blocks", "warnings"):
+        if n not in ("blocks", "warnings", "branch"):
             put((n, getattr(graph, n)))
+    if graph.branch is not None:
+        put("branch")
     for name in sorted(graph.constants):
         put((name, tensor_digest(graph.constants[name])))
     return h.hexdigest()

@@ -158,6 +158,7 @@ class Block:
     ops: tuple[Op | Call | Guard, ...]
     recompute: bool = False  # run under torch.utils.checkpoint
     instances: tuple[str, ...] = ()  # absolute paths of all instances; '' for the root
+    input_names: tuple[str, ...] = ()  # what the user's forward calls each input; '' where it is no argument of it
 
     @property
     def address(self) -> str:
@@ -204,6 +205,7 @@ class Graph:
     warnings: tuple[str, ...] = ()  # reads that depend on parameters, frozen NumPy or random values
     module: str = ""  # qualified name of the module class
     constants: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    branch: Source | None = None  # the line at which the other mode takes a path that is not here; generated code refuses that mode
 
     def __str__(self) -> str:
         from autopar.ir.text import format_graph

@@ -124,6 +124,8 @@ def format_graph(graph: Graph) -> str:
         if a.given:
             lines.append(f"  argument {a.name} = {format_tree(a.tree)}")
     lines.append(f"  output {format_tree(graph.output)}")
+    if graph.branch:
+        lines.append(f"  refuses {'eval' if graph.training else 'train'} mode: {graph.branch} `{graph.branch.text}`")
     lines += [f"  tied {' = '.join((t.name, *t.aliases))}" for t in graph.tensors if t.aliases]
     lines += [f"  warning {w}" for w in graph.warnings]
     return "\n\n".join(["\n".join(lines), *(format_block(b) for b in reversed(graph.blocks.values()))]) + "\n"

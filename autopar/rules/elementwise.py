@@ -115,6 +115,11 @@ def masked_fill(c: Case) -> Recipe:
     return broadcast(c, linear=[("input",)] if is_zero(c["value"]) else [])
 
 
+@rule("autopar:select_training", args="in_training, otherwise")
+def select_training(c: Case) -> Recipe:
+    return broadcast(c, linear=[("in_training", "otherwise")])  # one of the two, by the module's mode
+
+
 @rule("lerp", args="input|self, end, weight")
 def lerp(c: Case) -> Recipe:
     return broadcast(c, linear=[("input", "end")])

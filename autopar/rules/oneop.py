@@ -15,7 +15,8 @@ import torch
 from autopar.ir.graph import AxisRef, Block, Op, Ref, Source, Struct, Value, op_outputs, refs
 from autopar.rules.recipe import Scaled, TrainingOnly
 
-functions: dict[str, Any] = {}  # qualified name -> function of ops registered by users, also those defined inside functions
+# qualified name -> function of ops registered by users, also those defined inside functions; and of ops that only graphs have
+functions: dict[str, Any] = {"autopar:select_training": lambda in_training, otherwise: in_training}
 
 
 @dataclass(frozen=True)

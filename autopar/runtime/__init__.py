@@ -21,7 +21,7 @@ from autopar.runtime.collectives import (
 from autopar.runtime.functional import *  # noqa: F403
 from autopar.runtime.functional import __all__ as _functional
 from autopar.runtime.groups import fail_together, init, rank_mesh
-from autopar.runtime.guards import check_divisible, check_input, guard
+from autopar.runtime.guards import check_divisible, check_input, check_mode, guard
 from autopar.runtime.inproc import run_ranks
 from autopar.runtime.mesh import RankMesh
 from autopar.runtime.module import Block, Holder, ParallelModule
@@ -45,6 +45,7 @@ __all__ = [
     "check_argument",
     "check_divisible",
     "check_input",
+    "check_mode",
     "check_structure",
     "checkpoint",
     "exact_random",

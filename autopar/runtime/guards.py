@@ -50,6 +50,17 @@ def guard(actual: Any, expected: Any, where: str, text: str, mode: str = "error"
         warnings.warn(message, stacklevel=3)
 
 
+def check_mode(training: bool, traced: bool, where: str, text: str) -> None:
+    """Raise GuardError unless the module is in the mode it was traced in, naming the line at which the other mode parts from it."""
+    if training is not traced:
+        now, then = ("train", "eval") if training else ("eval", "train")
+        raise GuardError(
+            f"{where}: `{text}` takes another path in {now} mode, but this code was generated from the module in {then} mode. Call "
+            f".{'train' if traced else 'eval'}() on it, or generate code for {now} mode too: parallelize the module in {now} mode with "
+            f"instance_name='{now}'."
+        )
+
+
 def check_input(name: str, value: Any, shape: tuple[int | None, ...] | None = None, dtype: torch.dtype | None = None) -> None:
     """Raise GuardError unless value is a tensor of this shape (None: any) and dtype, naming both."""
     if not isinstance(value, torch.Tensor):

@@ -15,7 +15,7 @@ from autopar.ir import graph as ir
 from autopar.ir.codec import tensor_digest
 from autopar.ir.graph import Argument, Block, Call, Context, Global, Graph, Guard, Op, Param, Ref, Source, Struct, Tensor, Value
 from autopar.trace.recording import Enter, Exit, RecordedGuard, RecordedOp, Recording
-from autopar.trace.regions import Flow, Item, Region, candidates, keep_repeated, relative, repeated, tidy
+from autopar.trace.regions import Flow, Item, Region, candidates, input_name, keep_repeated, relative, repeated, tidy
 
 # NB: removing a random call shifts the random stream for all calls after it, so these stay even if nobody uses the result.
 RANDOM = re.compile(
@@ -128,7 +128,8 @@ class _Builder:
         defined: set[int] = set(self.rec.inputs)
         for e in self.rec.events:
             if isinstance(e, Enter):
-                r = Region("" if not stack else e.path, e.cls, e.recompute, named=not e.recompute)
+                names = {self.same.get(v, v): n for v, n in reversed(e.inputs)}
+                r = Region("" if not stack else e.path, e.cls, e.recompute, named=not e.recompute, names=names)
                 if stack:
                     stack[-1].content.append(r)
                 root = root or r
@@ -330,7 +331,7 @@ class _Builder:
         tensors: tuple[Tensor, ...] = tuple(replace(t, name=renamed.get(t.name, t.name)) for t in used)
         constants = {renamed[n]: t for n, t in rec.constants.items() if n in renamed}
         output = ir.map_refs(rec.output, here)
-        return Graph(root_name, blocks, tensors, arguments, output, rec.folded, rec.training, rec.warnings, rec.module, constants)
+        return Graph(root_name, blocks, tensors, arguments, output, rec.folded, rec.training, rec.warnings, rec.module, constants, rec.branch)
 
     def _block(self, r: Region, label: dict[int, str], renamed: dict[str, str], instances: tuple[str, ...]) -> tuple[Block, dict[int, int]]:
         """The block of a class from one of its regions, and the ids of the recording's values in it."""
@@ -363,7 +364,9 @@ class _Builder:
             name = self.tensors[v]
             named.append(Param(relative(r.path, renamed.get(name, name)), local[v], self.info[name].kind))
         ids = lambda vs: tuple(local[v] for v in vs)  # noqa: E731
-        block = Block(label[r.klass], r.cls, ids(r.ins), ids(outs), tuple(named), tuple(values), tuple(ops), r.recompute, instances)
+        names = tuple(input_name(r, v) for v in r.ins) if r is not self.root else ()
+        names = names if any(names) else ()
+        block = Block(label[r.klass], r.cls, ids(r.ins), ids(outs), tuple(named), tuple(values), tuple(ops), r.recompute, instances, names)
         return block, local
 
 

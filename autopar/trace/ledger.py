@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any, NoReturn
 
 import torch
@@ -13,6 +14,8 @@ import torch
 from autopar.errors import TraceError
 from autopar.ir.graph import Context, Global, Ref, Tensor
 from autopar.trace import symbolic, trees
+from autopar.trace.arguments import named_values, tensors_in
+from autopar.trace.flags import Flags
 from autopar.trace.known import Known
 from autopar.trace.names import qualified
 from autopar.trace.recording import Enter, Exit, RecordedGuard, RecordedOp
@@ -42,6 +45,7 @@ class Ledger:
         self.constants: dict[str, torch.Tensor] = {}
         self.failure: TraceError | None = None
         self.sources = Sources()
+        self.flags = Flags(self.sources, module.training)
         self.paths = {id(m): name for name, m in module.named_modules()}
         self.modules: list[tuple[str, torch.nn.Module | None]] = []  # the module calls that run, outermost first
         self._contexts: dict[Any, Context] = {}
@@ -271,15 +275,26 @@ class Ledger:
 
     # ---- regions ----------------------------------------------------------------------------------------------------
 
-    def enter(self, path: str, cls: str, module: torch.nn.Module | None, recompute: bool = False) -> None:
-        self.events.append(Enter(path, cls, recompute))
+    def enter(
+        self, path: str, cls: str, module: torch.nn.Module | None, recompute: bool = False, args: Any = (), kwargs: Any = None
+    ) -> None:
+        inputs = named_values(module, args, kwargs or {}, self._known_id) if module is not None and not recompute else ()
+        self.events.append(Enter(path, cls, recompute, inputs))
         self.modules.append((path, module))
         self._scopes.append({})
 
-    def exit(self) -> None:
-        self.events.append(Exit())
+    def exit(self, out: Any = None) -> None:
+        self.events.append(Exit(tuple(map(self._known_id, tensors_in(out))) if out is not None else ()))
         self.modules.pop()
         self._scopes.pop()
+
+    def _known_id(self, x: Any) -> int | None:
+        return x.vid if type(x) in symbolic.SCALARS else self.values.find(x)
+
+    def read_flag(self, module: torch.nn.Module, frame: FrameType) -> None:
+        """Python code reads module.training."""
+        with self.hidden():
+            self.flags.read(module, self.modules[-1][0] if self.modules else "", frame)
 
     def enter_recompute(self, fn: Any) -> None:
         """A checkpointed function begins: a region of its own at the enclosing module's path."""

@@ -20,6 +20,7 @@ import torch.utils.checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autopar.trace import symbolic
+from autopar.trace.flags import watched
 from autopar.trace.leaves import LEAVES
 from autopar.trace.names import qualified
 
@@ -72,6 +73,7 @@ def patched(tracer: Any) -> Iterator[None]:
     """All patches of one trace."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(replaced(torch.nn.Module, "__call__", _module_call(tracer)))
+        stack.enter_context(watched(tracer))
         apply = torch.autograd.Function.__dict__["apply"].__func__
         stack.enter_context(swapped(apply, _function_apply(tracer, copy_of(apply))))
         generator = torch.utils.checkpoint._checkpoint_without_reentrant_generator
@@ -122,11 +124,13 @@ def _module_call(tracer: Any) -> Callable[..., Any]:
         path = tracer.paths.get(id(self))
         if path is None:  # made inside forward: part of the module that made it
             return self._call_impl(*args, **kwargs)
-        tracer.enter(path, qualified(type(self)), self)
+        tracer.enter(path, qualified(type(self)), self, args=args, kwargs=kwargs)
+        out = None
         try:
-            return self._call_impl(*args, **kwargs)
+            out = self._call_impl(*args, **kwargs)
+            return out
         finally:
-            tracer.exit()
+            tracer.exit(out)
 
     return __call__
 
@@ -231,9 +235,12 @@ def _scripted(tracer: Any) -> Callable[..., Any]:
 
 
 def _autocast(tracer: Any) -> Callable[..., Any]:
+    """NB: generated code casts on the module's own device, so a trace that runs on the CPU casts there, whatever device is named."""
     plain = torch.autocast.__init__
 
     def __init__(self: Any, device_type: str, dtype: Any = None, enabled: bool = True, cache_enabled: Any = None) -> None:
+        if device_type == "cuda" and tracer.strategy.runs_on == "cpu" and not tracer.off:
+            device_type, dtype = "cpu", dtype or torch.get_autocast_dtype("cuda")
         plain(self, device_type, dtype, enabled, cache_enabled)
         if enabled and not self._enabled and not tracer.off:
             tracer.warn(f"autocast for {device_type} does nothing without such a device, and is not recorded; trace where there is one")

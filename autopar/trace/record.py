@@ -15,7 +15,8 @@ import torch
 from autopar.config import TRACE_STRATEGIES
 from autopar.errors import ConfigError, TraceError, suggest
 from autopar.ir.graph import Argument, Ref, Tensor, refs
-from autopar.trace import trees
+from autopar.trace import modes, trees
+from autopar.trace.flags import Read
 from autopar.trace.ledger import ValueReadError
 from autopar.trace.names import qualified
 from autopar.trace.patches import Watch, patched
@@ -32,6 +33,7 @@ def record(
 ) -> Recording:
     """Run the module once on the dummy inputs (forward argument name -> value) and return everything it did.
 
+    It is run again in its other mode (train, eval) where Python code looks at the mode in a way that may matter.
     The module, its gradients and the random generators are as before afterwards. Raises TraceError for what cannot be
     recorded faithfully, ConfigError for a strategy that does not exist or cannot run here.
     """
@@ -50,10 +52,10 @@ def record(
         raise ConfigError(f"unknown trace_strategy {strategy!r}: {suggest(strategy, TRACE_STRATEGIES)}")
     params, given = trees.call_of(module, dummy_forward_args)
     if strategy != "auto":
-        return _Run(module, params, given, pick(strategy, module), constant_folding).result()
+        return _in_both_modes(_Run(module, params, given, pick(strategy, module), constant_folding))
     run = _Run(module, params, given, pick("meta", module), constant_folding)
     try:
-        recording = run.result()
+        recording = _in_both_modes(run)
     except Exception as e:
         if not (isinstance(e, ValueReadError) or run.fake_failed):
             raise
@@ -61,16 +63,46 @@ def record(
             raise
         name = "cuda_run_cpu_offload" if torch.cuda.is_available() else "cpu"
         log.warning("trace strategy 'meta' does not do (%s); tracing again with %r", str(e).splitlines()[0], name)
-        return _Run(module, params, given, pick(name, module), constant_folding).result()
+        return _in_both_modes(_Run(module, params, given, pick(name, module), constant_folding))
     log.info("traced with strategy 'meta'")
     return recording
+
+
+def _in_both_modes(run: _Run) -> Recording:
+    """The recording of a run, made right in the other mode (train, eval) too, or marked with the line where the modes part."""
+    recording = run.result()
+    flags = run.tracer.flags
+    if flags.certain is not None:
+        return modes.refuse(recording, flags.certain.source)
+    reads = flags.reads
+    if not reads and (guess := modes.doubtful(recording, flags.handed)) is not None:
+        reads = [Read("", guess)]
+    if not reads:
+        return recording
+    module, mode = run.module, "eval" if recording.training else "training"
+    before = [(m, m.training) for m in module.modules()]
+    other = _Run(module, run.params, run.given, pick(run.strategy.name, module), run.fold, lenient=True)
+    try:
+        for m, _ in before:
+            m.training = not recording.training  # NB: not train(), which may be the user's and merge weights
+        found = other.result()
+    except Exception as e:
+        log.info("the model cannot be traced in %s mode: %s", mode, e)
+        return modes.refuse(recording, reads[0].source)
+    finally:
+        for m, training in before:
+            m.training = training
+    return modes.merge(recording, found, reads)
 
 
 class _Run:
     """One attempt with one strategy."""
 
-    def __init__(self, module: torch.nn.Module, params: list[Any], given: dict[str, Any], strategy: Real, fold: bool) -> None:
+    def __init__(
+        self, module: torch.nn.Module, params: list[Any], given: dict[str, Any], strategy: Real, fold: bool, lenient: bool = False
+    ) -> None:
         self.module, self.params, self.given, self.strategy, self.fold = module, params, given, strategy, fold
+        self.lenient = lenient  # objects in the output that generated code cannot make are no error
         self.inputs: list[int] = []
 
     @property
@@ -206,6 +238,8 @@ class _Run:
         return values, tuple(arguments)
 
     def _output(self, tracer: Tracer, out: Any) -> Any:
+        if self.lenient:
+            return trees.encode_what_can(out, tracer._leaf, modes.OPAQUE)
         return trees.encode(out, tracer._leaf, "the result of forward")
 
     def _buffers_set(self, tracer: Tracer, buffers: dict[str, tuple[dict[str, Any], str, torch.Tensor]]) -> tuple[tuple[str, int], ...]:

@@ -54,11 +54,12 @@ class Enter:
     path: str  # qualified module path; the enclosing module's path for recompute
     cls: str  # qualified class name
     recompute: bool = False
+    inputs: tuple[tuple[int, str], ...] = ()  # value id -> forward's name for it; 'position_embeddings[0]' inside containers
 
 
 @dataclass
 class Exit:
-    pass
+    out: tuple[int | None, ...] = ()  # ids of the tensors that the module returned; None for one that is no value
 
 
 @dataclass
@@ -75,3 +76,4 @@ class Recording:
     buffers_set: tuple[tuple[str, int], ...] = ()  # `self.buf = tensor`: (buffer name, value id) after the run
     warnings: tuple[str, ...] = ()
     constants: dict[str, Any] = field(default_factory=dict)
+    branch: Source | None = None  # the line at which the other mode (train, eval) takes a path that is not recorded

@@ -12,6 +12,7 @@ All calls of one module instance must come out equal and in one enclosing block,
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,6 +57,7 @@ class Region:
     recompute: bool
     content: list[Any] = field(default_factory=list)  # Item | Region
     named: bool = True  # stands for a module call
+    names: dict[int, str] = field(default_factory=dict)  # value -> what the module's forward calls it
     size: int = 0  # items inside, at any depth
     outer: str = ""  # path of the enclosing module
     block: bool = False
@@ -115,10 +117,23 @@ def tidy(region: Region) -> None:
     region.content, region.size = content, size
     while len(region.content) == 1 and isinstance(only := region.content[0], Region):
         if region.recompute and not region.named and only.named:
-            region.path, region.cls, region.named = only.path, only.cls, True
+            region.path, region.cls, region.named, region.names = only.path, only.cls, True, only.names
         elif not (only.recompute and not only.named and region.path):
             break
         region.recompute, region.content = True, only.content
+
+
+def input_name(region: Region, v: int) -> str:
+    """What the user's program calls a live-in; for an element of a container, what a module inside calls it. '' if it is no argument."""
+    own = region.names.get(v, "")
+    if not own or own.isidentifier():
+        return own
+    todo = [c for c in region.content if isinstance(c, Region)]
+    for c in todo:  # NB: grows
+        if c.names.get(v, "").isidentifier():
+            return c.names[v]
+        todo += [x for x in c.content if isinstance(x, Region)]
+    return re.sub(r"\W+", "_", own).strip("_")
 
 
 def candidates(root: Region) -> None:

@@ -76,6 +76,11 @@ class Real:
     def __init__(self, name: str, device: torch.device) -> None:
         self.name, self.device = name, device
 
+    @property
+    def runs_on(self) -> str:
+        """The kind of device that ops run on, or pretend to."""
+        return self.device.type
+
     def place(self, tensor: Tensor, buffer: bool) -> Tensor:
         """What stands in for a parameter or buffer of the module while tracing. Buffers are always copies."""
         if tensor.is_meta:
@@ -238,6 +243,10 @@ class Offload(Real):
     def __init__(self, name: str, device: torch.device) -> None:
         super().__init__(name, torch.device("cpu"))
         self.remote = device
+
+    @property
+    def runs_on(self) -> str:
+        return self.remote.type
 
     def run(self, func: Callable[..., Any], args: Any, kwargs: Any, tensors: list[Tensor], *, writes: bool, params: bool) -> Any:
         if writes or self.remote == self.device or not params:

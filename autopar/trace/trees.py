@@ -68,6 +68,19 @@ def encode(x: Any, leaf: Callable[[Any], Any], what: str) -> Any:
     )
 
 
+def encode_what_can(x: Any, leaf: Callable[[Any], Any], instead: Any) -> Any:
+    """The tree of x with `instead` for every part that has none."""
+    try:
+        return encode(x, leaf, "the result")
+    except TraceError:
+        if type(x) in (tuple, list):
+            return type(x)([encode_what_can(v, leaf, instead) for v in x])
+        if isinstance(x, Mapping) and all(isinstance(k, str) for k in x):
+            items = {k: encode_what_can(v, leaf, instead) for k, v in x.items()}
+            return items if type(x) is dict else Struct(import_name(type(x)), tuple(items), tuple(items.values()))
+        return instead
+
+
 def _key(k: Any, what: str) -> Any:
     if type(k) not in LITERALS:
         raise TraceError(f"{what} has a key of type {qualified(type(k))}; use strings or numbers")

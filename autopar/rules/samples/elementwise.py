@@ -108,6 +108,7 @@ SAMPLES = [
     Sample("torch.masked_fill", T(8, 12), FLAGS, -1e4),
     Sample("torch.masked_fill", T(8, 1), FLAGS, T()),
     Sample("torch.Tensor.masked_fill_", T(8, 12), FLAGS, 0),
+    Sample("autopar:select_training", T(8, 12), T(8, 12), splits="d0 d1"),
     Sample("torch.lerp", T(8, 12), T(12), T(8, 1)),
     Sample("torch.lerp", T(8, 12), T(8, 12), 0.3),
     Sample("torch.addcmul", T(12), T(8, 12), T(8, 1), value=0.5),
