@@ -16,11 +16,14 @@ _WHERE = {
     "compile_to": "autopar.driver",
     "ComputeConfig": "autopar.config",
     "ReuseType": "autopar.config",
+    "BroadcastStrategy": "autopar.config",
     "Graph": "autopar.ir.graph",
     "Mesh": "autopar.ir.mesh",
     "Plan": "autopar.pas.plan",
     "plan_from": "autopar.pas.build",
     "follow": "autopar.pas.follow",
+    "build_optimizer": "autopar.runtime.optimizer",
+    "mixed_precision": "autopar.runtime.mixed",
     "verify": "autopar.verification",
     "register_op": "autopar.rules",
     "verify_op": "autopar.rules",
@@ -34,6 +37,7 @@ _WHERE = {
     "SavedirError": "autopar.errors",
     "GuardError": "autopar.errors",
     "LayoutError": "autopar.errors",
+    "StepError": "autopar.errors",
 }
 
 __all__ = ["__version__", *_WHERE]
