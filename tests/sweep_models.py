@@ -276,6 +276,33 @@ class Mixed(nn.Module):
         return torch.logsumexp(z - high[..., None], -1) + high, z.tril().sum((1, 2)), (y.std(1) * target.mean(1)).prod(-1)
 
 
+class Unit(nn.Module):
+    def __init__(self, d=12):
+        super().__init__()
+        self.up, self.down = nn.Linear(d, 2 * d), nn.Linear(2 * d, d)
+        self.register_buffer("seen", torch.zeros(d))
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.seen.add_(x.mean((0, 1)))
+        return x + self.down(F.gelu(self.up(x))) - self.seen
+
+
+class Tied(nn.Module):
+    """Weights tied between layers and to the head, a layer in the list twice, a buffer written at each call."""
+
+    def __init__(self, d=12):
+        super().__init__()
+        self.layers, self.head = nn.ModuleList(Unit(d) for _ in range(4)), nn.Linear(2 * d, d, bias=False)
+        self.layers[2].up.weight, self.layers[1].down.weight = self.layers[0].up.weight, self.head.weight
+        self.layers[3] = self.layers[0]
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x, self.head(torch.cat([x, x], -1))
+
+
 def table() -> dict:
     """name -> (class, options, arguments)."""
     torch.manual_seed(0)
@@ -294,6 +321,7 @@ def table() -> dict:
         "windows": (Windows, {}, {"x": torch.randn(B, 6, 6, 12)}),
         "decoder": (Decoder, {}, {"ids": ids, "mask": mask, "labels": labels}),
         "mixed": (Mixed, {}, {"x": x}),
+        "tied": (Tied, {}, {"x": torch.randn(B, 6, 12)}),
     }
 
 

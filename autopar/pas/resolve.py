@@ -41,6 +41,7 @@ class Resolved:
 
 
 Translate = Callable[[Block, Op, Recipe | None, str, int], str | None]
+Forced = tuple[tuple[str, tuple[tuple[str, AxisType], ...]], ...]  # (name relative to an instance, placement per axis) of its tensors
 
 
 def recipe_of(block: Block, op: Op) -> Recipe | None:
@@ -87,23 +88,26 @@ class _Resolver:
         self.used: set[int] = set()
         self.recipes: dict[tuple[str, str], Recipe | None] = {}
         self.legal: set[tuple[str, str, tuple[str, ...]]] = set()
-        self.memo: dict[tuple[str, frozenset[int]], str] = {}  # (block, pattern state) -> variant
+        self.memo: dict[tuple[str, frozenset[int], Forced], str] = {}  # (block, pattern state, placements) -> variant
         self.by_content: dict[Any, str] = {}
         self.count: dict[str, int] = defaultdict(int)
         self.variants: dict[str, tuple[str, dict[str, tuple[str, ...]], dict[str, str]]] = {}
 
     def run(self) -> Resolved:
+        self.params = resolve_params(self.graph, self.plan)
+        self.forced = forced_under(self.params)
         root = self.variant(self.graph.root, self.trie.start, "")
         for i, (pattern, _) in enumerate(self.entries):
             if i not in self.used:
                 raise PlanError(f"plan entry {pattern!r} matches no op of this graph; {nearest(pattern, addresses(self.graph))}")
         instances = self.instances(root)
         variants = {n: Variant(n, b, ch, ca, tuple(instances[n])) for n, (b, ch, ca) in self.variants.items()}
-        return Resolved(self.plan, root, variants, resolve_params(self.graph, self.plan))
+        return Resolved(self.plan, root, variants, self.params)
 
     def variant(self, name: str, state: frozenset[int], path: str) -> str:
-        if (name, state) in self.memo:
-            return self.memo[name, state]
+        forced = self.forced.get(path, ())
+        if (name, state, forced) in self.memo:
+            return self.memo[name, state, forced]
         block, choices, callees = self.graph.blocks[name], {}, {}
         states: dict[str, frozenset[int]] = {}
         for op in block.ops:
@@ -115,12 +119,13 @@ class _Resolver:
                 if where not in states:
                     states[where] = self.trie.walk(state, where)
                 choices[op.id] = self.choice(block, op, self.trie.entries(states[where], fn), path)
-        content = (name, tuple(choices.items()), tuple(callees.items()))
+        own = {p.name for p in block.params}
+        content = (name, tuple(choices.items()), tuple(callees.items()), tuple(f for f in forced if f[0] in own))
         if content not in self.by_content:
             self.by_content[content] = new = self.fresh(name)
             self.variants[new] = (name, choices, callees)
-        self.memo[name, state] = self.by_content[content]
-        return self.memo[name, state]
+        self.memo[name, state, forced] = self.by_content[content]
+        return self.by_content[content]
 
     def fresh(self, block: str) -> str:
         self.count[block] += 1
@@ -256,6 +261,16 @@ def _dim(block: Block, op: Op, recipe: Recipe, factor: str) -> str:
             if (at := recipe.dim_of(d, factor)) is not None:
                 return f"dim {at} of {word} {i}, shape {v.shape}"
     return "of no tensor"
+
+
+def forced_under(params: dict[str, dict[str, AxisType]]) -> dict[str, Forced]:
+    """Module path -> the placements a plan forces in it, so that instances that differ in them become different variants."""
+    found: dict[str, list] = defaultdict(list)
+    for name, entry in params.items():
+        parts = name.split(".")
+        for n in range(len(parts)):
+            found[".".join(parts[:n])].append((".".join(parts[n:]), tuple(entry.items())))
+    return {path: tuple(entries) for path, entries in found.items()}
 
 
 def resolve_params(graph: Graph, plan: Plan) -> dict[str, dict[str, AxisType]]:
