@@ -16,6 +16,7 @@ from torch import nn
 
 from autopar.codegen import savedir
 from autopar.codegen.emit import emit
+from autopar.codegen.end2end import check_end2end
 from autopar.codegen.identity import identify, policy_name
 from autopar.config import ComputeConfig, ReuseType
 from autopar.errors import ConfigError, PlanError
@@ -59,6 +60,8 @@ def compile_module(
     if graph is None:
         with stage("trace"):
             graph = trace(module, dummy_forward_args, strategy=config.trace_strategy, constant_folding=config.constant_folding)
+    if config.use_end2end:
+        check_end2end(graph, inference_only=config.inference_only)
     with stage("policy"):
         plan = make_plan(graph, pas_policy, config)
     with stage("lower"):
@@ -66,7 +69,7 @@ def compile_module(
     with stage("check"):
         check(graph, program)
     with stage("emit"):
-        return Compiled(graph, plan, program, emit(graph, program, guards=config.guards))
+        return Compiled(graph, plan, program, emit(graph, program, guards=config.guards, end2end=config.use_end2end))
 
 
 def read_policy(pas_policy: Any) -> Any:

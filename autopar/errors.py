@@ -47,6 +47,12 @@ class CheckpointError(AutoparError, RuntimeError):
     """A checkpoint or state dict is damaged, incomplete, or does not fit the module or optimizer."""
 
 
+class StepError(AutoparError, RuntimeError):
+    """train_step or infer_step cannot go on: called wrongly, unlike on other ranks, or another rank has failed."""
+
+    everywhere = False  # raised by all ranks alike, so nobody waits for anybody
+
+
 class LayoutError(AutoparError, RuntimeError):
     """The running processes do not fit the generated code (world size, rank, device, shapes)."""
 

@@ -134,6 +134,7 @@ def verify_compiled(
         def rank_step(mesh: Any, rank: int, mode: str = mode) -> tuple:
             cls = load_module_class(compiled.texts)
             local = cls(mesh)
+            local.end2end = False  # one forward and backward, with a cotangent of our own
             local.load(lambda name, slices: weights[name].detach()[slices], mesh.device)
             local.train(mode == "train")
             with _exact(), _widen(module), _log(rank) as log:

@@ -29,6 +29,7 @@ class Classes:
     imports: Imports
     guards: str
     free_bytes: int
+    end2end: bool = False
     tensors: dict[str, Tensor] = field(init=False)  # by every name
     order: dict[str, int] = field(init=False)  # of every name, as the original module lists them
 
@@ -116,6 +117,7 @@ class Classes:
         )
         self.imports.used.add("ap")
         lines = [f"class {block.name}(ap.{'ParallelModule' if root else 'Block'}):", f'    """{self._doc(block, root)}"""', ""]
+        lines += ["    end2end = True", ""] if root and self.end2end else []
         lines += self._init(block, root, axes)
         lines += self._forward(block, root, around)
         return lines

@@ -17,10 +17,11 @@ from autopar.lower.program import Local, Program
 GUARDS = ("error", "warn", "off")
 
 
-def emit(graph: Graph, program: Program, *, guards: str = "error", free_bytes: int = FREE_BYTES) -> dict[str, str]:
+def emit(graph: Graph, program: Program, *, guards: str = "error", free_bytes: int = FREE_BYTES, end2end: bool = False) -> dict[str, str]:
     """Text of every generated file by name. The same program gives the same bytes.
 
     guards: 'error' and 'warn' choose what happens at run time, 'off' leaves the guards out.
+    end2end: the module is trained by train_step, and says so when it is called (end2end.py).
     free_bytes: dead tensors of at least this (global) size are deleted where the original's locals end.
     """
     if guards not in GUARDS:
@@ -34,7 +35,7 @@ def emit(graph: Graph, program: Program, *, guards: str = "error", free_bytes: i
             imports.object(name)
     for name in tree_globals([program.output, *((a.tree, a.default) for a in graph.arguments)]):
         imports.object(name)
-    classes = Classes(graph, program, imports, guards, free_bytes)
+    classes = Classes(graph, program, imports, guards, free_bytes, end2end)
     texts = ["\n".join(classes.write(b)) for b in program.blocks.values()]
     head = _header(graph, program)
     model = "\n".join([*head, *imports.lines(), "", "", "\n\n\n".join(texts), ""])

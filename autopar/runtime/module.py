@@ -4,7 +4,7 @@ Must not know how the code was generated, nor where weights come from (a reader 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from autopar.errors import LayoutError
+from autopar.runtime import step
 from autopar.runtime.mesh import UNITS, RankMesh
 from autopar.runtime.placement import Placement
 from autopar.runtime.reducer import BUCKET_MB, Reducer
@@ -153,8 +154,19 @@ class Block(_Indexed):
 class ParallelModule(Block):
     """One rank's part of a whole model: forward is generated; this class holds the mesh, loads weights and sums gradients.
 
-    .mesh, .device, .guards ('error' | 'warn' | 'off').
+    .mesh, .device, .guards ('error' | 'warn' | 'off'), .compute_config (of the parallelize that made it, else None).
+    .end2end: trained by train_step; calling it is an error. .check_finite: train_step stops on all ranks for a NaN on any (docs/steps.md).
     """
+
+    end2end = False
+    check_finite = False
+    _stepping = False
+    compute_config: Any = None
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "forward" in vars(cls):
+            cls.forward = step.entered(cls.forward)
 
     def __init__(self, mesh: RankMesh):
         super().__init__(mesh)
@@ -206,6 +218,25 @@ class ParallelModule(Block):
                 block._tie(name, of)
         self._reducer = None
         return self
+
+    def train_step(
+        self,
+        samples: Sequence[Any],
+        is_dummy_batch: Sequence[bool] | None = None,
+        scale_fn: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> list[Any]:
+        """Forward and backward of every sample, and the sum of the gradients over the ranks. NB: collective.
+
+        Returns the outputs, detached, in order. Gradients of before are forgotten first. A dummy batch takes part in all collectives
+        and leaves nothing behind, whatever is in it.
+        scale_fn: loss -> what the backward starts from; the outputs are not scaled. Every rank has to give as many samples.
+        Raises StepError on all ranks if one fails or calls it unlike the others; the rank that fails raises its own error.
+        """
+        return step.train_step(self, samples, is_dummy_batch, scale_fn)
+
+    def infer_step(self, samples: Sequence[Any]) -> list[Any]:
+        """The outputs for every sample, without gradients, in the module's mode (train or eval). NB: collective inside a unit."""
+        return step.infer_step(self, samples)
 
     def reduce_axes(self) -> dict[str, tuple[str, ...]]:
         """For every parameter, the axes its gradient is summed over: those of type R, and the scale units."""

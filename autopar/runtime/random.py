@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 
 from autopar.runtime.axis import Axis
+from autopar.runtime.mesh import RankMesh
 
 
 class _Flag:
@@ -45,6 +46,11 @@ def _seed(base: int, axes: tuple[Axis, ...]) -> int:
     return int.from_bytes(hashlib.blake2b(f"{base};{place}".encode(), digest_size=7).digest(), "big")
 
 
+def _generators() -> tuple[torch.Generator, torch.Generator | None]:
+    """The default generators of the CPU and, where CUDA is in use, of its current device."""
+    return torch.default_generator, torch.cuda.default_generators[torch.cuda.current_device()] if torch.cuda.is_initialized() else None
+
+
 @contextmanager
 def random_streams(*axes: Axis) -> Iterator[None]:
     """Inside, ranks at different coordinates of these axes draw different numbers. Axes of one rank, and exact mode, change nothing.
@@ -55,11 +61,10 @@ def random_streams(*axes: Axis) -> Iterator[None]:
     if not axes or EXACT:
         yield
         return
-    cpu = torch.default_generator
+    cpu, cuda = _generators()
     base = int(torch.empty((), dtype=torch.int64).random_(generator=cpu))
     before = cpu.get_state()
     # NB: the CUDA generator need not advance; the next stream is seeded by another number all the same.
-    cuda = torch.cuda.default_generators[torch.cuda.current_device()] if torch.cuda.is_initialized() else None
     cuda_before = cuda.get_state() if cuda is not None else None
     seed = _seed(base, axes)
     cpu.manual_seed(seed)
@@ -71,3 +76,25 @@ def random_streams(*axes: Axis) -> Iterator[None]:
         cpu.set_state(before)
         if cuda is not None:
             cuda.set_state(cuda_before)
+
+
+@contextmanager
+def unit_stream(mesh: RankMesh) -> Iterator[None]:
+    """Inside, each scale unit draws numbers of its own: it has a batch of its own. Unit 0 draws what a single process would.
+
+    In the other units the default generators stand one number further afterwards, if anything was drawn; else where they stood.
+    """
+    if mesh.unit == 0 or EXACT:
+        yield
+        return
+    found = [g for g in _generators() if g is not None]
+    before = [g.get_state() for g in found]
+    with random_streams(mesh.replicas):
+        start = [g.get_state() for g in found]
+        try:
+            yield
+        finally:
+            same = all(torch.equal(g.get_state(), s) for g, s in zip(found, start, strict=True))
+    if same:
+        for g, state in zip(found, before, strict=True):
+            g.set_state(state)
