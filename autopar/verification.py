@@ -22,6 +22,7 @@ from autopar.ir.mesh import Mesh
 from autopar.ir.types import Type, nesting
 from autopar.progress import stage
 
+MODES = ("train", "eval")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 3e-3}
 FLOOR = 0.1  # errors are relative to the tensor's largest entry, but to no less than this (1 in float64, whose bound is far tighter)
 
@@ -81,7 +82,7 @@ def verify(
     policy_or_plan: Any = "tp",
     compute_config: ComputeConfig | None = None,
     *,
-    modes: tuple[str, ...] = ("train", "eval"),
+    modes: tuple[str, ...] | None = None,
     seed: int = 0,
     tolerance: float | None = None,
     timeout: float = 300.0,
@@ -93,6 +94,8 @@ def verify(
     both sides (runtime/exact.py). In a float64 module casts to float32 become casts to float64 on both sides, so that
     everything is comparable to 1e-12. The module is not changed. With several scale units all take the same batch, so
     gradients are `units` times the original's.
+
+    modes: of 'train' and 'eval'; None: both, or the one of the module where the generated code refuses the other.
 
     Returns the report; raises whatever compiling raises. `report.check()` raises VerifyError on a difference.
     """
@@ -109,7 +112,7 @@ def verify_compiled(
     compiled: Any,
     config: ComputeConfig,
     *,
-    modes: tuple[str, ...] = ("train", "eval"),
+    modes: tuple[str, ...] | None = None,
     seed: int = 0,
     tolerance: float | None = None,
     timeout: float = 300.0,
@@ -123,6 +126,8 @@ def verify_compiled(
     counted: dict[str, int] = {}
     weights = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
     weights |= compiled.graph.constants
+    if modes is None:
+        modes = MODES if compiled.graph.branch is None else (MODES[not compiled.graph.training],)
     for mode in modes:
         original = copy.deepcopy(module).train(mode == "train")
         with stage(f"{mode} step of the original"), _exact(), _widen(module), _keep_rng():

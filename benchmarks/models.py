@@ -96,6 +96,6 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **overri
         inputs = dict(input_ids=ids, attention_mask=mask, labels=labels)
         if name == "mamba":
             del inputs["attention_mask"]
-    if name in CAUSAL + SEQ2SEQ + ["whisper"] and name != "mamba":
+    if name in CAUSAL + SEQ2SEQ + ["whisper"]:
         inputs["use_cache"] = False
     return model, inputs

@@ -4,6 +4,7 @@ Must not know files or headers (emit.py).
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -226,7 +227,7 @@ class Classes:
         notes = {v: type_note(block.values[v].type, self.mesh) for v in block.inputs}
         typed = [f"{forward.names(v)}: {note}" for v, note in notes.items() if note]
         out = print_body([Stmt(f"def forward({head}):")], 4)
-        out += print_body([Stmt(f"# {', '.join(typed)}")] if typed else [], 8)
+        out += textwrap.wrap(", ".join(typed), WIDTH, initial_indent="        # ", subsequent_indent="        # ", break_long_words=False)
         out += print_body([Stmt(text) for text in checks], 8)
         statements = forward.statements()
         out += ([""] if checks and statements else []) + print_body(statements, 8)
