@@ -4,6 +4,7 @@ Must not know how any stage works.
 
 from __future__ import annotations
 
+import copy
 import logging
 import shutil
 from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ from autopar.codegen import savedir
 from autopar.codegen.emit import emit
 from autopar.codegen.end2end import check_end2end
 from autopar.codegen.identity import identify, policy_name
-from autopar.config import ComputeConfig, ReuseType
+from autopar.config import BroadcastStrategy, ComputeConfig, ReuseType
 from autopar.errors import ConfigError, PlanError
 from autopar.ir.codec import load_graph, save_graph
 from autopar.ir.graph import Graph
@@ -29,9 +30,10 @@ from autopar.pas.plan import Plan
 from autopar.pas.policies import get_policy
 from autopar.progress import stage
 from autopar.trace import trace
+from autopar.weights import BUFFERS, WEIGHTS, refresh, save_weights
 
 log = logging.getLogger("autopar")
-WEIGHTS = "weights.safetensors"
+Reader = Callable[[str, tuple[slice, ...]], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ def compile_to(
 ) -> Path:
     """Compile into a folder, reusing what is there as `reuse` says (design section 9), and return the folder.
 
+    The initial weights in it are those of the module given, whatever else is reused.
     Raises SavedirError where the folder cannot be written, is damaged, or was made from another configuration.
     """
     import autopar
@@ -116,6 +119,7 @@ def compile_to(
     decision = savedir.decide(folder, identity, reuse)
     log.info("%s: reusing %s (%s)", folder, decision.reuse, decision.reason, extra={"decision": decision})
     if decision.reuse == "code":
+        refresh(module, folder)
         return folder
     savedir.check_writable(folder)
     old = load_graph(folder) if decision.reuse == "graph" else None
@@ -123,18 +127,22 @@ def compile_to(
 
     def fill(tmp: Path) -> None:
         if old is not None:
-            for name in ("graph.json", "constants.safetensors", WEIGHTS):
+            for name in ("graph.json", "constants.safetensors", WEIGHTS, BUFFERS):
                 if (folder / name).exists():
                     _keep(folder / name, tmp / name)
         else:
+            held = [t for t in compiled.graph.tensors if t.kind != "constant"]
             save_graph(compiled.graph, tmp)
-            save_weights(module, compiled.graph, tmp / WEIGHTS)
+            state, others = ([t.name for t in held if t.persistent is kept] for kept in (True, False))
+            save_weights(module, state, others, compiled.graph.constants, tmp)
         compiled.plan.save(tmp / "plan.json")
         for name, text in compiled.texts.items():
             (tmp / name).write_text(text)
 
     with stage("write"):
         savedir.write(folder, identity, fill)
+    if old is not None:
+        refresh(module, folder)
     return folder
 
 
@@ -144,17 +152,6 @@ def _keep(file: Path, new: Path) -> None:
         new.hardlink_to(file)
     except OSError:
         shutil.copy2(file, new)
-
-
-def save_weights(module: nn.Module, graph: Graph, path: Path) -> None:
-    """The initial values of every parameter, buffer and traced constant by name; nothing for tensors on the meta device."""
-    from safetensors.torch import save_file
-
-    found = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
-    values = {t.name: found[t.name].detach() for t in graph.tensors if t.kind != "constant" and not found[t.name].is_meta}
-    values |= graph.constants
-    # NB: safetensors refuses tensors that share memory; expanded or sliced parameters are written out in full.
-    save_file({k: v.cpu().contiguous().clone() for k, v in values.items()}, str(path))
 
 
 def parallelize(
@@ -167,39 +164,81 @@ def parallelize(
     reuse: ReuseType | str = ReuseType.MATCH,
     instance_name: str | None = None,
     load_module: bool = True,
+    module_dtype: torch.dtype | None = None,
     module_fn: Callable[[], nn.Module] | None = None,
+    init_module_params: bool = True,
+    weights: str | Path | Reader | None = None,
+    broadcast_strategy: BroadcastStrategy | str = BroadcastStrategy.NONE,
     device: str | torch.device | None = None,
     timeout: float = 600.0,
-) -> nn.Module | Path:
-    """Compile a module for a cluster and load this rank's part of it.
+) -> Any:
+    """Compile a module for a cluster and load this rank's part of it. Every argument is described in docs/parallelize.md.
 
-    module: the module, or its class (built by `module_fn()` or without arguments). It is never changed.
+    module: the module, which is never changed; or its class, built by `module_fn()` or without arguments.
     dummy_forward_args: name -> example value for every argument of forward that has no default.
     pas_policy: a built-in policy's name ('dp', 'tp', 'data'), a function (graph, config) -> Plan, a Plan or the path of a plan.json.
     compute_config: a ComputeConfig, or a dict of its settings.
     gen_savedir, reuse, instance_name: where generated code is kept and when it is used again (docs/savedir.md).
     load_module: False compiles only, needs no process group, and returns the folder.
+    module_dtype: compile the module in this floating dtype (a copy of it; the dummy arguments are taken as they are).
+    init_module_params: False leaves parameters NaN, to be loaded afterwards; it may differ from rank to rank.
+    weights: a .safetensors file, a folder of them or a function (name, slices) -> tensor, to be read instead of the module's own values.
+    broadcast_strategy: what is sent to nodes that do not share rank 0's disk: 'none', 'all', 'no_weights', 'code' (docs/nodes.md).
 
-    Under torchrun rank 0 compiles and the others wait; an error on one rank ends all with that error.
-    Returns a ParallelModule on this rank's device (CUDA where there is one), with the initial weights of the module.
+    Under torchrun rank 0 compiles and the others wait; an error on one rank ends all with that error. Tensors on the meta device get
+    their values, slice by slice, from the module's own init_weights() or reset_parameters() (docs/parallelize.md).
+    Returns a ParallelModule on this rank's device (CUDA where there is one), with the module's training flag and initial weights; for a
+    class a class, of which each call makes one.
     """
-    from autopar.runtime.launch import compile_once, load
+    from autopar.runtime.launch import compile_once, distribute, load_class
 
-    config = ComputeConfig.of(compute_config)
+    config, strategy = ComputeConfig.of(compute_config), BroadcastStrategy.of(broadcast_strategy)
     ReuseType.of(reuse)
+    if module_dtype is not None and not (isinstance(module_dtype, torch.dtype) and module_dtype.is_floating_point):
+        raise ConfigError(f"module_dtype is {module_dtype!r:.60}; it must be a floating torch.dtype")
+    settings: dict[str, Any] = {"gen_savedir": gen_savedir, "reuse": reuse, "instance_name": instance_name}
 
-    def build() -> Path:
-        made = _instance(module, module_fn)
-        return compile_to(made, dummy_forward_args, pas_policy, config, gen_savedir=gen_savedir, reuse=reuse, instance_name=instance_name)
+    def make() -> nn.Module:
+        return _converted(_instance(module, module_fn), module_dtype, given=not isinstance(module, type))
 
     if not load_module:
-        return build()
-    folder = compile_once(build, config.runtime_ngpus, timeout)
-    return load(folder, units=config.units, device=device, timeout=timeout)
+        return compile_to(make(), dummy_forward_args, pas_policy, config, **settings)
+
+    def build() -> tuple[str, Path, Path, torch.Tensor, torch.Tensor]:
+        before = torch.get_rng_state()
+        made = make()
+        after = torch.get_rng_state()
+        folder = compile_to(made, dummy_forward_args, pas_policy, config, **settings)
+        return str(gen_savedir), folder.absolute(), folder.relative_to(gen_savedir), before, after
+
+    given, source, inside, before, after = compile_once(build, config, timeout)
+    if torch.equal(torch.get_rng_state(), before):
+        torch.set_rng_state(after)  # a class was built on rank 0 only; what is built next is to draw the same numbers everywhere
+    here = source if str(gen_savedir) == given and (source / "manifest.json").exists() else Path(gen_savedir).absolute() / inside
+    distribute(source, here, strategy, timeout)
+
+    def original() -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            return make()
+
+    ask_rank0 = strategy in (BroadcastStrategy.NO_WEIGHTS, BroadcastStrategy.CODE)
+    sources = {"init_params": init_module_params, "weights": weights, "original": original, "ask_rank0": ask_rank0}
+    made = load_class(here, units=config.units, config=config, device=device, timeout=timeout, **sources)
+    return made if isinstance(module, type) else made()
+
+
+def _converted(module: nn.Module, dtype: torch.dtype | None, *, given: bool) -> nn.Module:
+    """The module in another floating dtype; a copy where it is the user's own."""
+    floating = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
+    if dtype is None or all(t.dtype == dtype for t in floating):
+        return module
+    return (copy.deepcopy(module) if given else module).to(dtype)
 
 
 def _instance(module: nn.Module | type[nn.Module], module_fn: Callable[[], nn.Module] | None) -> nn.Module:
     if isinstance(module, nn.Module):
+        if module_fn is not None:
+            raise ConfigError("module_fn makes an instance of a module class, but the module given is an object; leave module_fn out")
         if type(module).__name__ == "OptimizedModule":
             raise ConfigError("the module is wrapped by torch.compile; give the original and compile what parallelize returns")
         return module

@@ -2,7 +2,7 @@
 Must not know how its contents were made (parallelize.py) or how they are run (runtime).
 
 Layout: <gen_savedir>/<module qualified name>/<instance name or _>/ with manifest.json (written last), graph.json,
-constants.safetensors, plan.json, model.py, rank<r>.py and weights.safetensors. Nothing is a pickle.
+constants.safetensors, plan.json, model.py, rank<r>.py, weights.safetensors and buffers.safetensors. Nothing is a pickle.
 """
 
 from __future__ import annotations
@@ -86,6 +86,8 @@ def decide(folder: Path, identity: Identity, reuse: ReuseType) -> Decision:
         return Decision("nothing", "the saved folder is damaged")
     if manifest is None:
         return Decision("nothing", "nothing was generated before")
+    if manifest.get("not_sent"):
+        return Decision("nothing", f"the folder was received without {', '.join(manifest['not_sent'])}")
     graph, code = identity.differences(manifest, "graph"), identity.differences(manifest, "code")
     if reuse is ReuseType.GRAPH:
         return Decision("nothing", "; ".join(graph)) if graph else Decision("graph", "the graph matches")

@@ -1,4 +1,4 @@
-"""launch: compile on one rank while the others wait, then load this rank's part of a savedir.
+"""launch: compile on one rank while the others wait, bring the files to every node, then load this rank's part of a savedir.
 Must not know what compiling does (a function is handed in) nor anything of the compiler.
 """
 
@@ -6,25 +6,35 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
+from autopar.config import BroadcastStrategy, ComputeConfig
 from autopar.errors import LayoutError, SavedirError
+from autopar.runtime.broadcast import broadcast_files
 from autopar.runtime.groups import TIMEOUT, alone, fail_together, init, rank_mesh
-from autopar.runtime.module import ParallelModule
-from autopar.runtime.reader import SafetensorsReader
+from autopar.runtime.initial import fill
+from autopar.runtime.mesh import RankMesh
+from autopar.runtime.module import ParallelModule, Reader
 
-WEIGHTS = "weights.safetensors"
+T = TypeVar("T")
+_unit: tuple[dist.ProcessGroup | None, int] = (None, 0)  # the run, and plan_ngpus of its modules
+_meshes: dict[tuple, RankMesh] = {}
 
 
-def compile_once(build: Callable[[], Path], world: int, timeout: float = TIMEOUT) -> Path:
-    """Run build() on rank 0 and return its folder on every rank. NB: collective.
+def compile_once(build: Callable[[], T], config: ComputeConfig, timeout: float = TIMEOUT) -> T:
+    """Run build() on rank 0 and return what it returns on every rank. NB: collective.
 
     A run of one process needs no torchrun. Raises LayoutError outside of torchrun for more, for a world size that is not
-    the configured one (before anything is compiled), and on every rank with rank 0's error where it fails.
+    the configured one or another plan_ngpus than that of the modules before (before anything is compiled), and on every rank with
+    rank 0's error where it fails.
     """
+    world = config.runtime_ngpus
     if world == 1 and alone():
         return build()
     init(timeout)
@@ -34,12 +44,16 @@ def compile_once(build: Callable[[], Path], world: int, timeout: float = TIMEOUT
             f"{running} {'processes are' if running > 1 else 'process is'} running, but runtime_ngpus is {world}; "
             f"launch {world} (torchrun --nproc_per_node {world} ...) or set runtime_ngpus={running}"
         )
-    rank = dist.get_rank()
-    # NB: absolute, for ranks that were started elsewhere
-    folder = fail_together("compile", lambda: str(build().absolute()) if rank == 0 else "", timeout)
-    box = [folder]
+    _check_unit(config.plan_ngpus)
+    box = [fail_together("compile", lambda: build() if dist.get_rank() == 0 else None, timeout)]
     dist.broadcast_object_list(box, src=0)
-    return Path(box[0])
+    return box[0]
+
+
+def distribute(source: Path, folder: Path, strategy: BroadcastStrategy, timeout: float = TIMEOUT) -> None:
+    """Bring rank 0's folder to this node's, where the strategy asks for it. NB: collective."""
+    if strategy is not BroadcastStrategy.NONE and not alone():
+        broadcast_files(source, folder, strategy, timeout)
 
 
 def load(
@@ -47,7 +61,7 @@ def load(
     *,
     units: int | None = None,
     device: torch.device | str | None = None,
-    weights: str | Path | None = None,
+    weights: str | Path | Reader | None = None,
     timeout: float = TIMEOUT,
 ) -> ParallelModule:
     """This rank's module from a savedir, with its slices of the initial weights, on its device. NB: collective.
@@ -56,38 +70,98 @@ def load(
     Raises LayoutError outside of torchrun or for a world that is no multiple of the plan's devices, SavedirError for a
     folder that is missing, half written or damaged; an error on one rank ends all ranks.
     """
-    from autopar.codegen.load import load_file
+    return load_class(folder, units=units, device=device, weights=weights, timeout=timeout)()
 
+
+def load_class(
+    folder: str | Path,
+    *,
+    units: int | None = None,
+    device: torch.device | str | None = None,
+    config: ComputeConfig | None = None,
+    timeout: float = TIMEOUT,
+    **sources: Any,
+) -> type[ParallelModule]:
+    """The class of this rank's module: called, it makes one with its initial values; cls(init_params=False) leaves them to be loaded.
+
+    sources: see initial.fill. NB: collective, and so is every call of the class.
+    """
     folder = Path(folder)
     if not alone():
         init(timeout)  # first, so that ranks can tell each other what is wrong
-    axes = fail_together("read the generated code", lambda: _axes(folder), timeout)
-    mesh = rank_mesh(axes, device=device, timeout=timeout)
+    axes, manifest = fail_together("read the generated code", lambda: _read(folder), timeout)
+    mesh = _mesh(axes, device, timeout)
     if units is not None and mesh.units != units:
         raise LayoutError(f"{mesh.units} scale units of {mesh.unit_size} devices are running, but the configuration says {units}")
 
-    def fill() -> ParallelModule:
-        module = load_file(folder, f"rank{mesh.device_index}.py").MODULE(mesh)
-        reader = SafetensorsReader(weights or folder / WEIGHTS)
-        if missing := [n for n in module.named_placements() if n not in reader]:
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise SavedirError(
-                f"{weights or folder / WEIGHTS} has no numbers for {missing[0]!r}{more}: the module was on the meta device when it was "
-                "compiled, or these are the weights of another one. Compile a module that has its weights, or name a checkpoint: "
-                "autopar.runtime.launch.load(folder, weights='model.safetensors')"
-            )
-        return module.load(reader, mesh.device)
+    def define() -> type[ParallelModule]:
+        from autopar.codegen.load import load_file
 
-    return fail_together("load", fill, timeout)
+        generated = load_file(folder, f"rank{mesh.device_index}.py").MODULE
+        return _class(generated, mesh, config, manifest, lambda m, init: fill(m, folder, **{**sources, **init}, timeout=timeout))
+
+    return fail_together("read the generated code", define, timeout)
 
 
-def _axes(folder: Path) -> tuple[tuple[str, int], ...]:
-    """The mesh of a complete folder."""
+def _class(
+    generated: type[ParallelModule],
+    mesh: RankMesh,
+    config: ComputeConfig | None,
+    manifest: dict[str, Any],
+    give_values: Callable[[nn.Module, dict[str, bool]], Any],
+) -> type[ParallelModule]:
+    inference = config is not None and config.inference_only
+
+    def __init__(self: Any, init_params: bool | None = None) -> None:
+        generated.__init__(self, mesh)
+        self.compute_config = config
+        give_values(self, {} if init_params is None else {"init_params": init_params})
+        self.train(bool(manifest.get("graph", {}).get("training", True)))
+        if inference:
+            self.requires_grad_(False)
+
+    body: dict[str, Any] = {"__init__": __init__, "__module__": generated.__module__, "__doc__": generated.__doc__}
+    if inference:
+        body["forward"] = torch.no_grad()(generated.forward)
+    return type(generated)(generated.__name__, (generated,), body)
+
+
+def _mesh(axes: tuple[tuple[str, int], ...], device: torch.device | str | None, timeout: float) -> RankMesh:
+    """The mesh of this run; modules with the same axes share one, and its process groups."""
+    global _unit
+    size = prod(k for _, k in axes)
+    if alone():
+        return rank_mesh(axes, device=device, timeout=timeout)
+    _check_unit(size)
+    run = dist.group.WORLD
+    for stale in [k for k in _meshes if k[0] is not run]:
+        del _meshes[stale]
+    key = (run, axes, None if device is None else str(device))
+    if key not in _meshes:
+        _meshes[key] = rank_mesh(axes, device=device, timeout=timeout)
+    _unit = (run, size)
+    return _meshes[key]
+
+
+def _check_unit(size: int) -> None:
+    """Raise LayoutError unless the modules of this run have all the same plan_ngpus."""
+    run, known = _unit
+    if run is not None and run is dist.group.WORLD and known != size:
+        raise LayoutError(
+            f"this module has plan_ngpus={size}, but another one of this run has plan_ngpus={known}; a rank belongs to one scale unit, so "
+            f"all modules of a run need the same; leave a module that need not be split unparallelised"
+        )
+
+
+def _read(folder: Path) -> tuple[tuple[tuple[str, int], ...], dict[str, Any]]:
+    """The mesh and the manifest of a complete folder."""
     from autopar.codegen.savedir import read_manifest
 
-    if read_manifest(folder) is None:
-        raise SavedirError(f"{folder} holds no complete generated code (no manifest.json); compile it first")
+    manifest = read_manifest(folder)
+    if manifest is None:
+        many = "" if alone() else ", or, if this node does not share rank 0's disk, use broadcast_strategy='all'"
+        raise SavedirError(f"{folder} holds no complete generated code (no manifest.json); compile it first{many}")
     try:
-        return tuple(json.loads((folder / "plan.json").read_text())["mesh"].items())
+        return tuple(json.loads((folder / "plan.json").read_text())["mesh"].items()), manifest
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise SavedirError(f"cannot read {folder / 'plan.json'}: {e}; compile again with reuse='override'") from e
