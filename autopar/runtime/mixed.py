@@ -43,9 +43,8 @@ class MixedPrecision(Wrapper):
                 self.masters[p] = nn.Parameter(p.detach().float(), p.requires_grad) if p.dtype in HALF else p
             g["params"] = [self.masters[p] for p in g["params"]]
         super().__init__(optimizer_fn(groups, **kwargs))
-        self._pairs = [(low, master) for low, master in self.masters.items() if low is not master]
+        self._pairs = [(low, master) for low, master in self.masters.items() if low is not master and low.numel()]
         self._collected = False
-        self.settle()
 
     @property
     def sources(self) -> list[Tensor]:
@@ -58,13 +57,11 @@ class MixedPrecision(Wrapper):
 
     @torch.no_grad()
     def load_state_of(self, param: Tensor, state: dict[str, Any]) -> None:
-        """The converse of state_of. Without a master among the state, the one there is stays."""
+        """The converse of state_of. Without a master among the state, the one there is stays. Weights are loaded by themselves."""
         state, master = dict(state), self.masters[param]
         saved = state.pop(MASTER, None)
         if saved is not None and master is not param:
             master.copy_(saved.view_as(master))
-            param.copy_(master)
-            self.settle()
         if state:
             self.optimizer.state[master] = state
 
@@ -89,16 +86,18 @@ class MixedPrecision(Wrapper):
         if self._pairs:
             torch._foreach_copy_([low for low, _ in self._pairs], [master for _, master in self._pairs])
 
-    def settle(self) -> None:
-        """The parameters are as this optimizer left them: what is written from here on is somebody else's (see collect)."""
-        self._versions = [low._version for low, _ in self._pairs]
-
     def _take_over_foreign_weights(self) -> None:
-        """Entries that somebody wrote since the last step (loaded weights) replace those of the master, which would undo them."""
-        for (low, master), version in zip(self._pairs, self._versions, strict=True):
-            if low._version != version:
+        """A parameter that is not its master rounded was written by somebody else (weights were loaded): the step would undo that."""
+        lows, masters = [low for low, _ in self._pairs], [master for _, master in self._pairs]
+        if not lows:
+            return
+        # NB: by value. Version counters miss writes through .data, and with ZeRO through the parameter that this one is a piece of.
+        rounded = [torch.empty_like(low) for low in lows]
+        torch._foreach_copy_(rounded, masters)
+        torch._foreach_sub_(rounded, lows)
+        if any(n != 0 for n in torch.stack(torch._foreach_norm(rounded, float("inf"))).tolist()):
+            for low, master in self._pairs:
                 master.copy_(torch.where(master.to(low.dtype) == low, master, low.float()))
-        self.settle()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         if closure is None:
@@ -111,7 +110,6 @@ class MixedPrecision(Wrapper):
                 nonlocal evaluations
                 if evaluations:
                     self.round()  # what the optimizer has made of the masters meanwhile
-                    self.settle()
                 evaluations += 1
                 with torch.enable_grad():
                     loss = closure()
@@ -121,7 +119,6 @@ class MixedPrecision(Wrapper):
 
             loss = self.optimizer.step(evaluate)
         self.round()
-        self.settle()
         for _, master in self._pairs:
             master.grad = None
         self._collected = False

@@ -13,12 +13,12 @@ from autopar.errors import AutoparError, ConfigError
 from autopar.runtime.axis import Axis
 
 
-def count_copies(held: Sequence[int], whole: Sequence[int], names: Sequence[str], world: Axis) -> list[int]:
+def count_copies(held: Sequence[int], whole: Sequence[int], names: Sequence[str], world: Axis, device: torch.device) -> list[int]:
     """How many ranks hold each entry of every parameter: the entries held on all ranks over the entries there are. NB: collective.
 
     This needs no knowledge of how a parameter is sharded, replicated or cut up by ZeRO, only that its entries are treated alike.
     """
-    total = world.all_reduce(torch.tensor(held, dtype=torch.int64)).tolist() if held else []
+    total = world.all_reduce(torch.tensor(held, dtype=torch.int64, device=device)).tolist() if held else []
     for name, n, entries in zip(names, total, whole, strict=True):
         assert entries == 0 or (n and n % entries == 0), f"{name}: {n} entries are held on all ranks, of {entries}"
     return [n // entries if entries else 1 for n, entries in zip(total, whole, strict=True)]

@@ -60,7 +60,7 @@ def build_optimizer(
     shapes = _whole_shapes(module, items)
     options = {i.name: _options(i.name, param_group_fn) for i in items}
     _check_elementwise(optimizer_fn, config, items, shapes, options, kwargs)
-    reducer = GradReducer(
+    reducer = _Reducer(
         module,
         items,
         zero=int(config.use_zero),
@@ -76,6 +76,23 @@ def build_optimizer(
     return ParallelOptimizer(module, optimizer, reducer, mesh.join((UNITS, *mesh.names)), {n: prod(s) for n, s in shapes.items()})
 
 
+class _Reducer(GradReducer):
+    """Knows what has become of this step's gradients, whoever asked for it: the optimizer or train_step."""
+
+    seen = summed = stepped = False
+    forget: Callable[[], None] | None = None  # what else to do when gradients are forgotten
+
+    def reduce(self) -> None:
+        super().reduce()
+        self.summed = True
+
+    def zero_grad(self) -> None:
+        super().zero_grad()
+        self.seen = self.summed = self.stepped = False
+        if self.forget is not None:
+            self.forget()
+
+
 class ParallelOptimizer(Wrapper):
     """See build_optimizer. As any torch optimizer, of which learning-rate schedulers and GradScaler ask no more.
 
@@ -83,53 +100,43 @@ class ParallelOptimizer(Wrapper):
     Gradients are summed over scale units, once per step, at the first of sync_shard_grad, scale_grads, clip_gnorm and step.
     """
 
-    def __init__(self, module: nn.Module, optimizer: Optimizer, reducer: GradReducer, world: Axis, numels: Mapping[str, int]):
+    def __init__(self, module: nn.Module, optimizer: Optimizer, reducer: _Reducer, world: Axis, numels: Mapping[str, int]):
         super().__init__(optimizer)
         self.module, self.reducer = module, reducer
         held = dict.fromkeys(numels, 0)
         for p in reducer.pieces:
             held[p.name] += p.stop - p.start
-        copies = dict(zip(numels, count_copies(list(held.values()), list(numels.values()), list(numels), world), strict=True))
-        names = [p.name for p in reducer.pieces]
-        device = reducer.items[0].param.device
-        self._updated = [self._master(p.param) for p in reducer.pieces]
-        self._norm = GradNorm(self._updated, [copies[n] for n in names], names, world, device)
+        names, device = [p.name for p in reducer.pieces], reducer.items[0].param.device
+        copies = dict(zip(numels, count_copies(list(held.values()), list(numels.values()), list(numels), world, device), strict=True))
+        mixed = optimizer if isinstance(optimizer, MixedPrecision) else None
+        updated = [mixed.masters[p.param] if mixed else p.param for p in reducer.pieces]
+        self._norm = GradNorm(updated, [copies[n] for n in names], names, world, device)
         self._other = torch.zeros((), device=device)  # stands for the gradients of other ranks; see _groups_to_unscale
-        self._ready = self._stepped = self._seen = False
+        reducer.forget = optimizer.zero_grad
         for m in module.modules():
             if m is module or isinstance(m, ParallelModule):
                 m._grad_reducer = reducer
         for i in reducer.items:
             i.param.register_post_accumulate_grad_hook(self._backward_ran)
 
-    def _master(self, param: Tensor) -> Tensor:
-        return self.optimizer.masters[param] if isinstance(self.optimizer, MixedPrecision) else param
-
     # -- gradients
 
     def _backward_ran(self, param: Tensor) -> None:
-        if self._ready:
+        if self.reducer.summed:
             raise LayoutError(
                 "a backward ran after the gradients were summed over the ranks, so its gradients would not be; "
                 "call zero_grad() after each step, and sync_shard_grad(), scale_grads() or clip_gnorm() after the last backward of a step"
             )
-        self._seen = True
-
-    def _reduced(self) -> bool:
-        """Somebody else (train_step) has called reduce() in this step."""
-        return any(b.state == "reduced" for b in self.reducer.buckets)
+        self.reducer.seen = True
 
     def sync_shard_grad(self) -> None:
         """Sum the gradients over the ranks and put them on the parameters of the groups. Once per step; a second call does nothing."""
-        if self._ready:
-            return
-        if not self._reduced():
-            if not self._seen and all(i.param.grad is None for i in self.reducer.items):
+        if not self.reducer.summed:
+            if not self.reducer.seen and all(i.param.grad is None for i in self.reducer.items):
                 raise LayoutError("no parameter has a gradient: call backward() on the loss before the optimizer's step")
             self.reducer.reduce()
         if isinstance(self.optimizer, MixedPrecision):
             self.optimizer.collect()
-        self._ready = True
 
     def scale_grads(self, factor: float | Tensor) -> None:
         """Multiply all gradients, e.g. by 1 / number of scale units: gradients are summed over units, not averaged."""
@@ -149,8 +156,6 @@ class ParallelOptimizer(Wrapper):
         if not set_to_none:
             raise ConfigError("gradients live in buckets that stay; zero_grad(set_to_none=False) is not supported, leave it out")
         self.reducer.zero_grad()
-        self.optimizer.zero_grad()
-        self._ready = self._stepped = self._seen = False
 
     def register_reducer_pre_hook(self, fn: Callable[[GradReducer, Tensor], None]) -> Any:
         """fn(reducer, flat gradients of a bucket) before each bucket is summed."""
@@ -189,14 +194,12 @@ class ParallelOptimizer(Wrapper):
 
             out = self.optimizer.step(evaluate)
         else:
-            if self._stepped:
+            if self.reducer.stepped:
                 raise LayoutError("step() a second time on the same gradients; call zero_grad() and backward() between two steps")
             self.sync_shard_grad()
             out = self.optimizer.step()
-        self._stepped = True
+        self.reducer.stepped = True
         self.reducer.publish()
-        if isinstance(self.optimizer, MixedPrecision):
-            self.optimizer.settle()
         return out
 
     # -- state by piece
