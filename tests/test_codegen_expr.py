@@ -167,6 +167,11 @@ def test_long_lines_are_broken_inside_their_call():
     compile("\n".join(line.strip() for line in lines), "generated", "exec")
 
 
+def test_long_comments_are_broken_between_words():
+    lines = print_body([Stmt("# " + ", ".join(f"argument_number_{i}: a:S(1/3) b:S(0)" for i in range(12)))], 8)
+    assert len(lines) > 1 and all(len(line) <= 140 and line.startswith("        # ") for line in lines)
+
+
 def test_scopes_are_opened_once():
     grad, cast = "with torch.no_grad():", "with torch.autocast(...):"
     scopes = {"a": (grad,), "b": (grad, cast), "c": (grad, cast), "d": (grad,), "e": ()}

@@ -91,6 +91,21 @@ def test_row_forward_and_backward(mesh, src, dst):
         check_row([r[i][1] for r in results], results[0][i][0], src, dst, dims)
 
 
+@pytest.mark.parametrize("src,dst", [(s, d) for (s, d), (forward, _) in TABLE.items() if "_" in forward and forward != "keep_first"])
+def test_results_of_collectives_may_be_written_in_place(src, dst):
+    dims = next(d for s, t, d in ROWS if (s, t) == (src, dst))
+
+    def write(axes, rank):
+        x = torch.ones(4, 4, requires_grad=True)
+        y = convert(x, src, dst, dims, axes["a"])
+        y.mul_(2)
+        y[:, 0] = 1.0
+        y.sum().backward()
+        return x.grad
+
+    assert all(g.shape == (4, 4) for g in run_ranks((("a", 2),), write))
+
+
 @pytest.mark.parametrize("src,dst", TABLE, ids=lambda k: k)
 def test_row_is_what_the_table_says(src, dst):
     """The collectives that run forward and backward are those of ir.types.TABLE, no more."""

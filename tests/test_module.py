@@ -13,6 +13,8 @@ from torch import nn
 
 from autopar import runtime as ap
 from autopar.errors import LayoutError, SavedirError
+from autopar.runtime.inproc import run_ranks
+from autopar.runtime.placement import Placement
 from tests.procs import run_processes
 
 DIM, VOCAB = 8, 12
@@ -246,3 +248,19 @@ def test_reader_reads_slices(tmp_path):
     (tmp_path / "3.safetensors").write_bytes(b"half")
     with pytest.raises(SavedirError, match=r"cannot read weights from .*3.safetensors"):
         ap.SafetensorsReader(tmp_path)
+
+
+def test_dims_sharded_inside_groups_are_read_in_pieces():
+    whole = torch.arange(12 * 8).view(12, 8)
+    want = whole.view(3, 4, 2, 4)
+
+    def read(axes, rank):
+        p = Placement("w", (12, 8), torch.int64, ("S(0/3)", "S(1/2)"))
+        p.check(axes)
+        return p.local_shape(axes), p.shard(axes, lambda slices: whole[slices]), [axes[n].rank for n in "ab"]
+
+    for shape, got, (a, b) in run_ranks((("a", 2), ("b", 2)), read):
+        expected = want[:, 2 * a : 2 * a + 2, :, 2 * b : 2 * b + 2].reshape(6, 4)
+        assert shape == (6, 4) and torch.equal(got, expected)
+    for shape, got, _ in run_ranks((("a", 2), ("b", 1)), read):
+        assert shape == (6, 8) and got.shape == shape

@@ -54,6 +54,15 @@ def test_patterns(pattern, address, expected):
     assert matches(pattern, address) is expected
 
 
+def test_instances_whose_parameters_are_placed_differently_are_variants():
+    plan = Plan(TP, params={"model.layers.1.up.weight": {"tp": "S(0)"}})
+    r = resolve(handmade.stack(), plan)
+    layers = {v.instances for v in r.variants.values() if v.block == "Layer"}
+    assert len(layers) == 2 and ("model.layers.1",) in layers
+    alike = resolve(handmade.stack(), Plan(TP, params={"model.layers.*.up.weight": {"tp": "S(0)"}}))
+    assert list(alike.variants) == ["Layer", "Model"]
+
+
 def test_one_variant_when_all_instances_are_alike():
     r = resolve(handmade.stack(), Plan(TP, {"model.layers.*.up/linear": {"tp": "n"}, "**.down/linear": {"tp": "k"}}))
     assert list(r.variants) == ["Layer", "Model"]

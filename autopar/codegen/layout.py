@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from textwrap import wrap
 
 from autopar.ir.graph import Source
 
@@ -72,7 +73,9 @@ def _clip(comment: str) -> str:
 
 
 def _fit(pad: str, text: str, note: str) -> list[str]:
-    """The statement with its comment, broken inside its last brackets where it is too wide."""
+    """The statement with its comment, broken inside its last brackets where it is too wide; a comment is broken between words."""
+    if text.startswith("#"):
+        return wrap(text, WIDTH, initial_indent=pad, subsequent_indent=f"{pad}#   ", break_long_words=False, break_on_hyphens=False)
     whole = f"{pad}{text}  # {note}" if note else pad + text
     if len(whole) <= WIDTH:
         return [whole]
