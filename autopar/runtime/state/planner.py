@@ -1,0 +1,177 @@
+"""torch.distributed.checkpoint (DCP) planners: what this rank writes and reads as rectangles of whole tensors, and a reader of metadata.
+Must not know modules: it is handed tensors with layouts under the names they are stored by.
+
+NB: DCP itself unpickles its metadata file freely; here only the classes that metadata is made of may be in it.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner, Metadata, SavePlan
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadItemType, ReadItem, TensorWriteData, WriteItem, WriteItemType
+
+from autopar.errors import CheckpointError
+from autopar.runtime.state.layout import Box, Layout
+
+Parts = list[tuple[Box, torch.Tensor]]
+
+
+class SavePlanner(DefaultSavePlanner):
+    """Writes tensors (name -> layout and local tensor) and objects (name -> anything torch.load takes with weights_only=True)."""
+
+    def __init__(self, tensors: Mapping[str, tuple[Layout, torch.Tensor]], objects: Mapping[str, Any]):
+        super().__init__(flatten_state_dict=False)
+        self.tensors, self.objects = tensors, objects
+        self.views: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
+
+    def set_up_planner(self, state_dict: dict, storage_meta: Any = None, is_coordinator: bool = False) -> None:
+        self.is_coordinator = is_coordinator
+
+    def create_local_plan(self) -> SavePlan:
+        items = [WriteItem(index=MetadataIndex(name), type=WriteItemType.BYTE_IO) for name in self.objects]
+        for name, (layout, t) in self.tensors.items():
+            for box, view in layout.cut(t):
+                offsets = torch.Size(box.offsets)
+                self.views[name, box.offsets] = view
+                data = TensorWriteData(
+                    chunk=ChunkStorageMetadata(offsets=offsets, sizes=torch.Size(box.sizes)),
+                    properties=TensorProperties(dtype=t.dtype),
+                    size=torch.Size(layout.shape),
+                )
+                items.append(WriteItem(index=MetadataIndex(name, offsets), type=WriteItemType.SHARD, tensor_data=data))
+        self.plan = SavePlan(items)
+        return self.plan
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
+        name = write_item.index.fqn
+        if write_item.type == WriteItemType.BYTE_IO:
+            out = io.BytesIO()
+            torch.save(self.objects[name], out)
+            return out
+        return self.views[name, tuple(write_item.index.offset)].detach()
+
+
+class ReadPlanner(LoadPlanner):
+    """Fills the views of tensors (name -> rectangles), and puts the objects asked for into .objects."""
+
+    def __init__(self, tensors: Mapping[str, Parts], objects: list[str]):
+        self.tensors, self.wanted = tensors, objects
+        self.objects: dict[str, Any] = {}
+        self.targets: list[torch.Tensor] = []
+
+    def set_up_planner(self, state_dict: dict, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
+        self.metadata = metadata
+
+    def create_local_plan(self) -> LoadPlan:
+        zero = torch.Size((0,))
+        items = [ReadItem(LoadItemType.BYTE_IO, MetadataIndex(n), zero, MetadataIndex(n), zero, torch.Size((0,))) for n in self.wanted]
+        for name, parts in self.tensors.items():
+            chunks = [Box(tuple(c.offsets), tuple(c.sizes)) for c in self.metadata.state_dict_metadata[name].chunks]
+            for i, chunk in enumerate(chunks):
+                for box, view in parts:
+                    both = chunk.meet(box)
+                    if both is None:
+                        continue
+                    dest = MetadataIndex(name, box.offsets, len(self.targets))
+                    self.targets.append(box.within(view, both))
+                    at = torch.Size(a - b for a, b in zip(both.offsets, chunk.offsets, strict=True))
+                    stored = MetadataIndex(name, chunk.offsets, i)
+                    items.append(ReadItem(LoadItemType.TENSOR, dest, torch.Size(both.offsets), stored, at, torch.Size(both.sizes)))
+        return LoadPlan(items)
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        return global_plan
+
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
+        return central_plan
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        self.objects[read_item.dest_index.fqn] = torch.load(value, map_location="cpu", weights_only=True)
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        return self.targets[read_item.dest_index.index]
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        pass
+
+
+class Reader(FileSystemReader):
+    """DCP's reader of a folder, with metadata that was read (by read_metadata below) before."""
+
+    def __init__(self, path: Path, metadata: Metadata):
+        super().__init__(path)
+        self.known = metadata
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return replace(self.known)
+
+
+_CLASSES = {
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata",
+        "TensorStorageMetadata",
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "TensorProperties",
+        "MetadataIndex",
+        "StorageMeta",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "pathlib": {"PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath", "Path"},
+    "pathlib._local": {"PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath", "Path"},
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name in _CLASSES.get(module, ()):
+            return super().find_class(module, name)
+        found = getattr(torch, name, None) if module == "torch" else None
+        if found is torch.Size or isinstance(found, torch.dtype):
+            return found
+        raise CheckpointError(f"the metadata holds a {module}.{name}, which has no place there; it is not loaded")
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """Raises CheckpointError for a file that is missing, damaged, or holds anything but DCP's metadata."""
+    file = folder / ".metadata"
+    try:
+        with file.open("rb") as f:
+            found = _Unpickler(f).load()
+    except CheckpointError:
+        raise
+    except Exception as e:  # NB: a damaged pickle raises nearly anything
+        raise CheckpointError(f"cannot read {file}: {type(e).__name__}: {e}; it is truncated or damaged") from e
+    if not isinstance(found, Metadata):
+        raise CheckpointError(f"{file} holds a {type(found).__name__}, no DCP metadata")
+    return found
+
+
+def shapes_of(metadata: Metadata, prefix: str) -> dict[str, tuple[int, ...]]:
+    """name without the prefix -> whole shape, of the tensors stored under it."""
+    return {
+        n.removeprefix(prefix): tuple(m.size)
+        for n, m in metadata.state_dict_metadata.items()
+        if n.startswith(prefix) and isinstance(m, TensorStorageMetadata)
+    }
+
+
+def objects_of(metadata: Metadata) -> set[str]:
+    return {n for n, m in metadata.state_dict_metadata.items() if isinstance(m, BytesStorageMetadata)}
