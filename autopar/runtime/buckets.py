@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from autopar.errors import ConfigError, LayoutError
 from autopar.runtime.axis import Axis
 from autopar.runtime.mesh import UNITS, RankMesh
+from autopar.runtime.pending import Pending
 
 
 @dataclass(frozen=True)
@@ -90,13 +91,24 @@ class Bucket:
     """Parameters of one dtype and device whose gradients travel together, back to back in one flat buffer."""
 
     axis: Axis
+    block: str = ""
     items: list[Item] = field(default_factory=list)
+    shapes: list[torch.Size] = field(default_factory=list)  # NB: a parameter that is freed (zero3.py) has none itself
     numel: int = 0
     shards: int = 1  # the buffer is padded to a multiple of this
-    block: str = ""
-    state: str = "open"  # 'open' | 'launched' | 'reduced'
-    flat: Tensor | None = None  # gradients, padding, and one count per parameter; made when first needed
+    state: str = "open"  # 'open' | 'ready' (all gradients have arrived, others go first) | 'launched'
+    sent: bool = False  # the gradients are those of a step that is over
+    pending: Pending | None = None
+    arrived: set[int] = field(default_factory=set)  # ids of parameters that have a gradient since the last backward began
     have: list[bool] = field(default_factory=list)  # of this step: does this rank have a gradient?
+    totals: list[float] | None = None  # how many ranks have one; read where this rank lacks one
+    flat: Tensor | None = None  # gradients, padding, and one count per parameter; made when first needed
+    views: list[Tensor] = field(default_factory=list)  # of flat, shaped like the parameters
+
+    def add(self, item: Item) -> None:
+        self.items.append(item)
+        self.shapes.append(item.param.shape)
+        self.numel += item.param.numel()
 
     @property
     def padded(self) -> int:
@@ -115,37 +127,60 @@ class Bucket:
     def spans(self) -> Iterator[tuple[Item, int, int]]:
         """(item, start, stop) of each parameter in the flat buffer."""
         at = 0
-        for item in self.items:
-            yield item, at, at + item.param.numel()
-            at += item.param.numel()
+        for item, shape in zip(self.items, self.shapes, strict=True):
+            yield item, at, at + shape.numel()
+            at += shape.numel()
 
-    def allocate(self) -> None:
+    def _allocate(self) -> None:
         like = self.items[0].param
         self.flat = torch.empty(self.padded + len(self.items), dtype=like.dtype, device=like.device)
         self.flat[self.numel : self.padded].zero_()
-        self.views = [self.flat[a:b].view(i.param.shape) for i, a, b in self.spans()]
+        self.views = [self.flat[a:b].view(shape) for (_, a, b), shape in zip(self.spans(), self.shapes, strict=True)]
 
     @torch.no_grad()
-    def fill(self) -> None:
-        """Bring every gradient into the buffer (where it is not there already: accumulation goes on in place) and let .grad be its view."""
+    def collect(self, *, keep: bool = True) -> None:
+        """Bring the gradients there are into the buffer and let .grad be its view, so that accumulation goes on in place.
+
+        keep=False: let .grad be None instead.
+        """
         if self.flat is None:
-            self.allocate()
-        params = [i.param for i in self.items]
-        grads = [p.grad for p in params]
-        for item, g in zip(self.items, grads, strict=True):
-            if g is not None and g.layout != torch.strided:
-                raise LayoutError(f"the gradient of {item.name} is sparse; only dense gradients can be summed (use sparse=False)")
-        self.have = [g is not None for g in grads]
-        new = [(p, v, g) for p, v, g in zip(params, self.views, grads, strict=True) if g is not None and g is not v]
+            self._allocate()
+        new, old = [], False
+        for item, view in zip(self.items, self.views, strict=True):
+            g = item.param.grad
+            if g is not None and g is not view:
+                if g.layout != torch.strided:
+                    raise LayoutError(f"the gradient of {item.name} is sparse; only dense gradients can be summed (use sparse=False)")
+                new.append((item.param, view, g))
+            old |= g is not None and g is view
+        if self.sent and old:
+            raise LayoutError(
+                f"gradients of the step before are still there (of {self.items[-1].name} ...); call zero_grad() after each step"
+            )
+        self.sent = False
         if new:
             torch._foreach_copy_([v for _, v, _ in new], [g for _, _, g in new])
             for p, v, _ in new:
-                p.grad = v
+                p.grad = v if keep else None
+
+    @torch.no_grad()
+    def fill(self, *, keep: bool = True) -> None:
+        """The buffer as it is sent: gradients, zeros for those that this rank lacks, and the counts."""
+        self.have, self.totals = [i.param.grad is not None for i in self.items], None
+        self.collect(keep=keep)
         if all(self.have):
             self.counts.fill_(1)
         else:
             self.counts.copy_(torch.tensor(self.have, dtype=self.flat.dtype))
             torch._foreach_zero_([v for v, h in zip(self.views, self.have, strict=True) if not h])
+
+    def used(self) -> list[bool]:
+        """After the reduction: does any rank have a gradient? NB: reads from the device, only where this rank lacks one."""
+        if all(self.have):
+            return self.have
+        if self.totals is None:
+            self.totals = self.counts.tolist()
+        return [h or t > 0 for h, t in zip(self.have, self.totals, strict=True)]
 
 
 def make_buckets(items: Sequence[Item], cap_mb: float, *, per_block: bool = False) -> list[Bucket]:
@@ -158,13 +193,12 @@ def make_buckets(items: Sequence[Item], cap_mb: float, *, per_block: bool = Fals
     for item in reversed(items):
         p = item.param
         key = (ranks_of(item.axis), p.dtype, p.device, item.block if per_block else "")
-        cap = int(cap_mb * 2**20 / p.dtype.itemsize)
+        cap = cap_mb * 2**20 / p.dtype.itemsize
         bucket = open_.get(key)
         if bucket is None or bucket.numel + p.numel() > cap:
             bucket = Bucket(item.axis, block=item.block if per_block else "")
             out.append(bucket)
             if p.numel() <= cap:
                 open_[key] = bucket
-        bucket.items.append(item)
-        bucket.numel += p.numel()
+        bucket.add(item)
     return out

@@ -1,0 +1,112 @@
+"""Collectives on flat tensors that run while this rank computes on: start() one, wait for it later.
+Must not know what is sent. Between in-process ranks, and through host memory, they are over when start() returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from autopar.runtime import axis as axes
+from autopar.runtime.axis import Axis, DistComm
+from autopar.runtime.mesh import RankMesh
+
+
+class Pending:
+    """A collective under way. NB: its tensors may not be touched before wait() has returned."""
+
+    def __init__(self, work: dist.Work | None = None, then: Callable[[], object] | None = None):
+        self._work, self._then = work, then
+
+    @property
+    def done(self) -> bool:
+        """Whether wait() would return at once."""
+        return self._work is None or self._work.is_completed()
+
+    def wait(self) -> None:
+        work, then, self._work, self._then = self._work, self._then, None, None
+        if work is not None:
+            axes.wait(work)
+        if then is not None:
+            then()
+
+
+def overlaps(axis: Axis, device: torch.device) -> bool:
+    """Whether collectives along the axis, of tensors on the device, run while this rank computes."""
+    return isinstance(axis.comm, DistComm) and not (axis.comm.staged and device.type == "cuda")
+
+
+def all_reduce(axis: Axis, t: Tensor) -> Pending:
+    """Overwrite t by the sum over the ranks."""
+    if axis.size > 1 and overlaps(axis, t.device):
+        _note("all_reduce", axis, t)
+        return Pending(dist.all_reduce(t, group=axis.comm.group, async_op=True))
+    axis.all_reduce_(t)
+    return Pending()
+
+
+def all_gather(axis: Axis, out: Tensor, t: Tensor) -> Pending:
+    """out = the t of all ranks back to back. t may be its place in out."""
+    if axis.size == 1:
+        if out.data_ptr() != t.data_ptr():
+            out.copy_(t)
+        return Pending()
+    _note("all_gather", axis, t)
+    if overlaps(axis, t.device):
+        return Pending(dist.all_gather_into_tensor(out, t, group=axis.comm.group, async_op=True))
+    axis.comm.all_gather_into(out.view(axis.size, -1), t)
+    return Pending()
+
+
+def reduce_scatter(axis: Axis, out: Tensor, t: Tensor) -> Pending:
+    """out = this rank's part (of `size` equal ones) of the sum of t over the ranks. out and t must not overlap."""
+    if axis.size == 1:
+        out.copy_(t)
+        return Pending()
+    _note("reduce_scatter", axis, t)
+    if not overlaps(axis, t.device):
+        axis.comm.reduce_scatter_into(out, t.view(axis.size, -1))
+        return Pending()
+    if not axis.comm.staged:
+        return Pending(dist.reduce_scatter_tensor(out, t, group=axis.comm.group, async_op=True))
+    # NB: gloo's own is an all-reduce inside, and cannot be asked whether it is done.
+    parts = t.new_empty((axis.size, out.numel()))
+    work = dist.all_to_all_single(parts.view(-1), t, group=axis.comm.group, async_op=True)
+    return Pending(work, lambda: torch.sum(parts, 0, out=out))
+
+
+def _note(name: str, axis: Axis, t: Tensor) -> None:
+    if axes._recorders:
+        axes._note(name, axis, t)
+
+
+def own_channel(axis: Axis, groups: Sequence[tuple[int, ...]]) -> Axis:
+    """The same ranks (one of all `groups`) over a process group of their own: its messages come in their own order. NB: collective."""
+    if not isinstance(axis.comm, DistComm):
+        return axis
+    backend = axis.comm.group._get_backend(torch.device("cpu" if axis.comm.staged else "cuda"))
+    made = [(ranks, dist.new_group(list(ranks), timeout=backend.options._timeout)) for ranks in groups]
+    mine = next(group for ranks, group in made if axis.world_rank in ranks)
+    return Axis(axis.name, axis.size, axis.rank, DistComm(mine), axis.world_rank)
+
+
+def groups_of(axis: Axis, mesh: RankMesh) -> list[tuple[int, ...]]:
+    """The ranks of every axis like this one."""
+    return mesh.groups(axis.name.split("+"))
+
+
+def split_groups(groups: Sequence[tuple[int, ...]], parts: int) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """Each group in `parts` groups of neighbours, and the ranks with the same place in each of these."""
+    k = len(groups[0]) // parts
+    inner = [g[i : i + k] for g in groups for i in range(0, len(g), k)]
+    return inner, [g[i::k] for g in groups for i in range(k)]
+
+
+def connect(label: str, groups: Sequence[tuple[int, ...]], mesh: RankMesh) -> Axis:
+    """This rank's Axis in one of the groups. NB: collective."""
+    mine = next(g for g in groups if mesh.rank in g)
+    comm = mesh._connect(label, list(groups)) if len(mine) > 1 else None
+    return Axis(label, len(mine), mine.index(mesh.rank), comm, mesh.rank)
