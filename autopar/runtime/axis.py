@@ -5,6 +5,7 @@ Must not know about autograd (collectives.py), about the whole mesh (groups.py) 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -207,17 +208,20 @@ class Axis:
         return t.unflatten(dim, (self.size, n)).movedim(dim, 0).contiguous()
 
 
-_SLICE = timedelta(seconds=0.2)
+_SLICE = 0.2  # seconds
 interrupt: list[Callable[[], None]] = []  # called while a gloo collective waits; raises where a rank has failed (faults.py)
 
 
 def wait(work: dist.Work) -> None:
     """Wait for a gloo collective that was started with async_op=True, no longer than until another rank is known to have failed."""
     while interrupt:
+        start = time.monotonic()
         try:
-            work.wait(_SLICE)
+            work.wait(timedelta(seconds=_SLICE))
             return
         except RuntimeError:
+            if time.monotonic() - start < _SLICE / 2:
+                raise
             if work.is_completed():
                 break  # NB: it may have succeeded just now
             for check in interrupt:
@@ -256,10 +260,14 @@ class DistComm:
             stacked.copy_(out)
 
     def reduce_scatter_into(self, t: torch.Tensor, stacked: torch.Tensor) -> None:
-        out = torch.empty_like(t, device="cpu") if self.staged and t.is_cuda else t
-        self._run(dist.reduce_scatter_tensor, out.view(-1), self._host(stacked).view(-1))
-        if out is not t:
-            t.copy_(out)
+        if not self.staged:
+            self._run(dist.reduce_scatter_tensor, t.view(-1), stacked.view(-1))
+            return
+        # NB: gloo's own is an all-reduce inside, and waits for a lost rank for ever.
+        here = self._host(stacked)
+        parts = torch.empty_like(here)
+        self._run(dist.all_to_all_single, parts.view(-1), here.view(-1))
+        t.copy_(parts.sum(0, dtype=t.dtype))
 
     def all_to_all_into(self, out: torch.Tensor, stacked: torch.Tensor) -> None:
         here = torch.empty_like(out, device="cpu") if self.staged and out.is_cuda else out

@@ -34,7 +34,8 @@ log = logging.getLogger("autopar")
 POLL = 0.25  # seconds between two looks at the store
 GRACE = 1.0  # seconds in which a rank may fail by itself, as another one did, before it is told
 ANSWER = 2.0  # seconds to answer the roll
-_CONTACT = re.compile(r"gloo|nccl|connection (closed|reset|refused)|timed out|broken pipe|socket|tcpstore|process ?group|c10d", re.I)
+_TRANSPORT = re.compile(r"gloo/transport|NCCL|ProcessGroup")
+_INSIDE = re.compile(r"torch/distributed/|autopar/runtime/(axis|pending)\.py")
 _KINDS = ("train_step", "infer_step")
 
 
@@ -213,8 +214,7 @@ class Watch:
             return e
         if self.cause is not None:
             return StepError(self.cause)
-        lost = isinstance(e, (RuntimeError, OSError)) and not isinstance(e, StepError) and _CONTACT.search(f"{type(e).__name__}: {e}")
-        return self._lost_contact(e) if lost else self._own(e)
+        return self._lost_contact(e) if _is_contact_lost(e) else self._own(e)
 
     def _own(self, e: BaseException) -> BaseException:
         self.failed.add((self.kind, self.step))
@@ -232,17 +232,19 @@ class Watch:
         if self.cause is None and self.pending:
             self.cause = self.pending[0][1].text
         if self.cause is None:
-            said = str(e).strip().partition("\n")[0]
+            # NB: of gloo's text, what happened; not its source file, nor its advice
+            said = re.sub(r"^\[[^\]]*\] ", "", str(e).strip().partition("\n")[0]).partition(". This is typ")[0]
+            left: list[int] = []
             try:
-                text = self._roll(said)
+                text, left = self._roll(said)
             except RuntimeError:
                 text = f"lost contact with the other ranks and with torch's store: {said}; look at the output of rank 0"
             self.cause = f"{self.kind} {self.step} ended: {text}"
-            self._post(self.cause)
+            self._post(self.cause, absent=len(left))
         return StepError(self.cause)
 
-    def _roll(self, said: str) -> str:
-        """Who answers, and if all do, what each is doing."""
+    def _roll(self, said: str) -> tuple[str, list[int]]:
+        """What to say of the ranks, and which do not answer."""
         call = self.store.add("calls", 1)
         left, until = set(range(self.world)), time.monotonic() + ANSWER
         answers: dict[int, str] = {}
@@ -253,20 +255,20 @@ class Watch:
                     left.discard(r)
             time.sleep(POLL / 5)
         if left:
-            return f"no answer from {listed(sorted(left))}: killed (out of memory?) or cut off ({said})"
+            return f"no answer from {listed(sorted(left))}: killed (out of memory?) or cut off ({said})", sorted(left)
         same: dict[str, list[int]] = {}
         for r, what in sorted(answers.items()):
             same.setdefault(what, []).append(r)
-        return f"a collective failed ({said}), but all ranks live: {'; '.join(f'{listed(r)} {what}' for what, r in same.items())}"
+        return f"a collective failed ({said}), but all ranks live: {'; '.join(f'{listed(r)} {what}' for what, r in same.items())}", []
 
-    def _post(self, text: str) -> None:
+    def _post(self, text: str, absent: int = 0) -> None:
         """Tell the ranks of the group, and stay (2 s at most) until they have read it: this process may end, and the store with it."""
         fault = Fault(self.rank, self.group, self.kind, self.step, text)
         try:
             n = self.store.add("faults", 1)
             self.store.set(f"fault/{n}", json.dumps(asdict(fault)))
             until = time.monotonic() + 8 * POLL
-            while self.store.add(f"read/{n}", 0) < self.group[1] - self.group[0] and time.monotonic() < until:
+            while self.store.add(f"read/{n}", 0) < self.group[1] - self.group[0] - absent and time.monotonic() < until:
                 time.sleep(POLL / 5)
         except RuntimeError:
             pass  # the store is gone: so are the others
@@ -307,6 +309,14 @@ class Watch:
             elif self.cause is None and time.monotonic() > seen + GRACE:
                 self.cause = fault.text
                 _abort_nccl()
+
+
+def _is_contact_lost(e: BaseException) -> bool:
+    """Whether a collective failed, and not what the user's code does in a step."""
+    if not isinstance(e, (RuntimeError, OSError)) or isinstance(e, StepError):
+        return False
+    frames = traceback.extract_tb(e.__traceback__)
+    return bool(_TRANSPORT.search(str(e)) or (frames and _INSIDE.search(frames[-1].filename)))
 
 
 def _abort_nccl() -> None:
