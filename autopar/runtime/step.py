@@ -162,7 +162,7 @@ def _leaving_no_trace(module: ParallelModule) -> Iterator[None]:
     for path, owner in module.named_modules():
         for key, b in owner._buffers.items():
             if b is not None and f"{path}.{key}".lstrip(".") not in constants:
-                kept.append((owner, key, b, b._version, b.clone()))
+                kept.append((owner, key, b, b.clone()))
     try:
         with torch.random.fork_rng([module.device] if module.device.type == "cuda" else []):
             yield
@@ -170,7 +170,6 @@ def _leaving_no_trace(module: ParallelModule) -> Iterator[None]:
         for hook in hooks:
             hook.remove()
         with torch.no_grad():
-            for owner, key, b, version, values in kept:
-                owner._buffers[key] = b
-                if b._version != version:
-                    b.copy_(values)
+            # NB: all of them; batch_norm writes its statistics without a new version of the tensor.
+            for owner, key, b, values in kept:
+                owner._buffers[key] = b.copy_(values)
