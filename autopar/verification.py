@@ -118,14 +118,11 @@ def verify_compiled(
     timeout: float = 300.0,
 ) -> Report:
     """As verify, for a module that is compiled already (autopar.driver.Compiled)."""
-    from autopar.codegen.load import load_module_class
     from autopar.runtime import inproc
 
     program = compiled.program
     differences: list[Difference] = []
     counted: dict[str, int] = {}
-    weights = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
-    weights |= compiled.graph.constants
     if modes is None:
         modes = MODES if compiled.graph.branch is None else (MODES[not compiled.graph.training],)
     for mode in modes:
@@ -136,19 +133,11 @@ def verify_compiled(
         grads = {n: p.grad for n, p in original.named_parameters(remove_duplicate=False)}
         buffers = dict(original.named_buffers())
 
-        def rank_step(mesh: Any, rank: int, mode: str = mode) -> tuple:
-            cls = load_module_class(compiled.texts)
-            local = cls(mesh)
-            local.end2end = False  # one forward and backward, with a cotangent of our own
-            local.load(lambda name, slices: weights[name].detach()[slices], mesh.device)
-            local.train(mode == "train")
-            with _exact(), _widen(module), _log(rank) as log:
-                outs = _step(local, args, seed)
-                local.sync_grads()
-            return outs, {n: p.grad for n, p in local.named_parameters()}, dict(local.named_buffers()), log
+        def run(mesh: Any, rank: int, mode: str = mode) -> tuple:
+            return rank_step(module, args, compiled, mesh, mode, seed)
 
         with stage(f"{mode} step of {program.mesh.size * config.units} ranks"):
-            ranks = inproc.run_ranks(program.mesh, rank_step, timeout, seed, units=config.units)
+            ranks = inproc.run_ranks(program.mesh, run, timeout, seed, units=config.units)
         if mode == modes[0]:
             for r in ranks[0][3]:
                 counted[r.name] = counted.get(r.name, 0) + 1
@@ -166,6 +155,27 @@ def verify_compiled(
                     want = shard(buffers[t.name], where, program.mesh, device)
                     differences.append(_difference(f"buffer {t.name}", mode, rank, want, local_buffers.get(t.name), tolerance))
     return Report(program.mesh, config.units, _worst_per_tensor(differences), counted)
+
+
+def rank_step(
+    module: nn.Module, args: Mapping[str, Any], compiled: Any, mesh: Any, mode: str, seed: int
+) -> tuple[list[tuple[str, Tensor | None]], dict[str, Tensor | None], dict[str, Tensor], list]:
+    """One rank's part of a step of the compiled module, in a process or a thread of its own: (outputs and input gradients,
+    parameter gradients, buffers, collectives of this rank).
+    """
+    from autopar.codegen.load import load_module_class
+    from autopar.runtime.axis import record
+
+    weights = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    weights |= compiled.graph.constants
+    local = load_module_class(compiled.texts)(mesh)
+    local.end2end = False  # one forward and backward, with a cotangent of our own
+    local.load(lambda name, slices: weights[name].detach()[slices], mesh.device)
+    local.train(mode == "train")
+    with _exact(), _widen(module), record() as log:
+        outs = _step(local, args, seed)
+        local.sync_grads()
+    return outs, {n: p.grad for n, p in local.named_parameters()}, dict(local.named_buffers()), log
 
 
 def shard(x: Tensor, t: Type, mesh: Mesh, device: int) -> Tensor:
@@ -293,12 +303,6 @@ def _exact() -> Any:
     from autopar.runtime.exact import exact
 
     return exact()
-
-
-def _log(rank: int) -> Any:
-    from autopar.runtime.axis import record
-
-    return record() if rank == 0 else nullcontext([])
 
 
 @contextmanager

@@ -107,8 +107,8 @@ class Experts(nn.Module):
 
     def __init__(self, n=4, h=12):
         super().__init__()
-        self.router, self.up, self.down = nn.Linear(D, n, bias=False), nn.Parameter(torch.randn(n, D, h)), nn.Parameter(torch.randn(n, h, D))
-        self.n = n
+        self.n, self.router = n, nn.Linear(D, n, bias=False)
+        self.up, self.down = nn.Parameter(torch.randn(n, D, h)), nn.Parameter(torch.randn(n, h, D))
 
     def forward(self, x):
         flat = x.reshape(-1, x.shape[-1])
@@ -137,7 +137,7 @@ class Vision(nn.Module):
         y = F.relu(self.norm(self.stem(x)), inplace=True)
         y = y + self.table
         y = y + F.gelu(self.group(self.deep(y)))
-        z = F.avg_pool2d(F.pad(y, (1, 1, 1, 1)), 2) if False else F.max_pool2d(y, 2)
+        z = F.max_pool2d(F.pad(y, (3, 3, 3, 3)), 4) + F.avg_pool2d(y, 2)
         z = F.interpolate(z, scale_factor=2, mode="nearest")
         w = self.back(torch.sigmoid(z) * y)
         return self.head(F.adaptive_avg_pool2d(w, 1).flatten(1)), w.mean((2, 3))
