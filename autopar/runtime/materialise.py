@@ -27,6 +27,8 @@ _FORM = ("shape", "dtype", "device", "requires_grad", "is_meta", "ndim", "layout
 _PEEKS = {getattr(Tensor, n).__get__ for n in _FORM} | {
     getattr(Tensor, n) for n in ("size", "dim", "numel", "stride", "element_size", "is_floating_point", "is_complex", "__len__", "__hash__")
 }
+# What a freed tensor still says of itself.
+_ON_CPU = {Tensor.device.__get__: torch.device("cpu"), Tensor.is_meta.__get__: False, Tensor.is_cuda.__get__: False}
 
 
 def initialise(module: nn.Module) -> None:
@@ -177,7 +179,7 @@ class _Real(TorchFunctionMode):
         if used & self.freed:
             if not peek:
                 raise _UsedAgain
-            return func(*args, **(kwargs or {}))
+            return _ON_CPU[func] if func in _ON_CPU else func(*args, **(kwargs or {}))
         args, kwargs = pytree.tree_map(self.swap, (args, kwargs or {}))
         out = func(*args, **kwargs)
         if self.left is not None and not peek:
