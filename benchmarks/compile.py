@@ -103,7 +103,7 @@ def main() -> None:
             Figure(f"compile_405b_cpu_s{suffix}", total, "s", label, 15),
             Figure(f"compile_405b_rss_mb{suffix}", max(r["rss"] for r in deep), "MB", label, 1024),
             Figure(f"after_trace_growth{suffix}", after[0] / after[1], "ratio", f"{label}, 126 against 16 layers", 1.5),
-            Figure(f"trace_vs_export{suffix}", median(ours) / median(export), "ratio", f"torch.export non-strict, {label}, 16 layers", 0.35),
+            Figure(f"trace_vs_export{suffix}", median(ours) / median(export), "ratio", f"torch.export non-strict, {label} x 16", 0.35),
         ]
     report(figures, args.json)
 
