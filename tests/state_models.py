@@ -11,7 +11,7 @@ from torch import nn
 
 def lm():
     """Dropout off; tied weights, one frozen parameter, a fused projection that is sharded inside groups."""
-    module = LM(n=2)
+    module = LM(n=1)
     module.layers[0].n1.bias.requires_grad_(False)
     return module.eval()
 
@@ -31,6 +31,13 @@ class Mixed(nn.Module):
     def __init__(self, first, second):
         super().__init__()
         self.stem, self.first, self.norm, self.second = nn.Linear(8, 8), first, nn.BatchNorm1d(6), second
+
+    @classmethod
+    def of(cls, whole, first, second):
+        """The stem and norm of another one around these."""
+        made = cls(first, second)
+        made.stem, made.norm = whole.stem, whole.norm
+        return made
 
     def forward(self, x):
         return self.second(self.norm(self.first(self.stem(x))))

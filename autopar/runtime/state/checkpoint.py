@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,9 @@ from autopar.runtime.groups import fail_together
 from autopar.runtime.state import planner
 from autopar.runtime.state.generators import random_state, restore
 from autopar.runtime.state.inventory import (
+    Entry,
     Held,
+    check_groups,
     compare,
     entries,
     groups,
@@ -201,25 +203,22 @@ def load_checkpoint(folder: str | Path, module: nn.Module, optimizer: Any = None
         mine = entries(module, reducer)
         found = compare(str(path), module, mine, planner.shapes_of(metadata, MODEL))
         tensors = {MODEL + found[e.name]: e.layout.cut(e.tensor) for e in mine.values()}
-        objects = ["extra", f"random.{_source_rank(module, manifest, rank, world)}"]
-        states: list[tuple[Held, dict[str, Any]]] = []
-        if optimizer is not None:
-            saved = sorted(n for n in planner.objects_of(metadata) if n.startswith("optimizer."))
-            if not saved:
-                raise CheckpointError(f"{path} was saved without an optimizer; load it without one")
-            objects += saved
-            for h in held(optimizer, mine, module):
-                states.append((h, _targets(h, found[h.name], metadata, tensors)))
-        return path, metadata, mine, found, planner.ReadPlanner(tensors, objects), states
+        wanted = f"random.{_source_rank(module, manifest, rank, world)}"
+        objects = sorted(n for n in planner.objects_of(metadata) if n in ("extra", wanted) or (optimizer and n.startswith("optimizer.")))
+        values = planner.read_objects(path, metadata, objects)
+        new = _optimizer(optimizer, module, mine, found, metadata, values, tensors) if optimizer is not None else None
+        return path, metadata, planner.ReadPlanner(tensors), values.get(wanted), new, values["extra"]
 
-    path, metadata, mine, found, plan, states = fail_together("open the checkpoint", prepare)
+    path, metadata, plan, drawn, new, extra = fail_together("open the checkpoint", prepare)
     _dcp(lambda: dcp.load({}, storage_reader=planner.Reader(path, metadata), planner=plan, no_dist=world == 1), f"load {path}")
     refresh(reducer)
-    if optimizer is not None:
-        fail_together("restore the optimizer", lambda: _restore(module, optimizer, mine, found, plan.objects, states))
-    if random:
-        restore(next(v for n, v in plan.objects.items() if n.startswith("random.")))
-    return plan.objects["extra"]
+    if new is not None:
+        options, states = new
+        put_options(optimizer, options)
+        put_state(optimizer, states)
+    if random and drawn is not None:
+        restore(drawn)
+    return extra
 
 
 def _source_rank(module: nn.Module, manifest: dict[str, Any], rank: int, world: int) -> int:
@@ -245,17 +244,32 @@ def _targets(h: Held, name: str, metadata: dcp.Metadata, tensors: dict[str, plan
     return state
 
 
-def _restore(module: nn.Module, optimizer: Any, mine: dict, found: dict, objects: dict[str, Any], states: list) -> None:
+def _optimizer(
+    optimizer: Any,
+    module: nn.Module,
+    mine: Mapping[str, Entry],
+    found: Mapping[str, str],
+    metadata: dcp.Metadata,
+    objects: Mapping[str, Any],
+    tensors: dict[str, planner.Parts],
+) -> tuple[list[dict[str, Any]], list[tuple[Held, dict[str, Any]]]]:
+    """(options of the groups, new state of each piece), whose empty tensors are entered into `tensors` to be read."""
     saved = [v for n, v in sorted(objects.items()) if n.startswith("optimizer.")]
+    if not saved:
+        raise CheckpointError("the checkpoint was saved without an optimizer; load it without one")
     scalars: dict[str, dict[str, Any]] = {}
     for one in saved:
         for name, values in one["scalars"].items():
             scalars.setdefault(name, {}).update(values)
     here = {there: name for name, there in found.items()}
     order = [e.name for e in mine.values() if e.param]
-    joined = join_groups([[{**g, "names": [here[n] for n in g["names"]]} for g in one["groups"]] for one in saved], order)
-    put_options(optimizer, mine, module, joined)
-    put_state(optimizer, [(h, {**state, **_copies(scalars.get(found[h.name], {}))}) for h, state in states])
+    options = join_groups([[{**g, "names": [here[n] for n in g["names"]]} for g in one["groups"]] for one in saved], order)
+    check_groups(optimizer, mine, module, options)
+    states = []
+    for h in held(optimizer, mine, module):
+        state = _targets(h, found[h.name], metadata, tensors)
+        states.append((h, {**state, **_copies(scalars.get(found[h.name], {}))}))
+    return options, states
 
 
 def _copies(values: dict[str, Any]) -> dict[str, Any]:
@@ -271,19 +285,20 @@ def read_merged(folder: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, 
         if isinstance(m, planner.TensorStorageMetadata):
             whole[name] = torch.empty(m.size, dtype=m.properties.dtype)
     objects = sorted(n for n in planner.objects_of(metadata) if n == "module" or n.startswith("optimizer."))
-    plan = planner.ReadPlanner({n: Layout.whole(t.shape).cut(t) for n, t in whole.items()}, objects)
+    plan = planner.ReadPlanner({n: Layout.whole(t.shape).cut(t) for n, t in whole.items()})
+    values = planner.read_objects(path, metadata, objects)
     _dcp(lambda: dcp.load({}, storage_reader=planner.Reader(path, metadata), planner=plan, no_dist=True), f"load {path}")
-    module = plan.objects.pop("module")
+    module = values.pop("module")
     model = {alias: whole[MODEL + name] for name, names in module["names"].items() for alias in names}
-    if not plan.objects:
+    if not values:
         return model, None
     state: dict[str, dict[str, Any]] = {}
-    for saved in plan.objects.values():
-        for name, values in saved["scalars"].items():
-            if values:
-                state.setdefault(name, {}).update(values)
+    for saved in values.values():
+        for name, scalars in saved["scalars"].items():
+            if scalars:
+                state.setdefault(name, {}).update(scalars)
     for full, t in whole.items():
         if full.startswith(STATE):
             name, _, key = full.removeprefix(STATE).rpartition(".")
             state.setdefault(name, {})[key] = t
-    return model, to_torch(join_groups([o["groups"] for o in plan.objects.values()], module["params"]), state, module["params"])
+    return model, to_torch(join_groups([o["groups"] for o in values.values()], module["params"]), state, module["params"])

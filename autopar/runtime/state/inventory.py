@@ -187,8 +187,8 @@ def put_state(optimizer: Any, found: list[tuple[Held, dict[str, Any]]]) -> None:
             optimizer.state[h.param] = state
 
 
-def put_options(optimizer: Any, params: Mapping[str, Entry], module: nn.Module, saved: list[dict[str, Any]]) -> None:
-    """Give each group the options it was saved with. Raises CheckpointError where the groups hold other parameters.
+def check_groups(optimizer: Any, params: Mapping[str, Entry], module: nn.Module, saved: list[dict[str, Any]]) -> None:
+    """Raises CheckpointError where the optimizer's groups hold other parameters than the saved ones.
 
     NB: with ZeRO this rank's groups name only the parameters of which it updates a piece; frozen ones may be in a group or not.
     """
@@ -200,6 +200,10 @@ def put_options(optimizer: Any, params: Mapping[str, Entry], module: nn.Module, 
             f"the optimizer has {len(mine)} groups of parameters, the saved one {len(saved)}; "
             f"{_list(moved) or 'none'} of this rank are in another group, or in none"
         )
+
+
+def put_options(optimizer: Any, saved: list[dict[str, Any]]) -> None:
+    """Give each group the options it was saved with."""
     for group, options in zip(optimizer.param_groups, saved, strict=True):
         group.update({k: v for k, v in options.items() if k != "names"})
 

@@ -15,6 +15,7 @@ from torch import nn
 from autopar.errors import CheckpointError
 from autopar.runtime.state.inventory import (
     Entry,
+    check_groups,
     compare,
     entries,
     groups,
@@ -154,7 +155,7 @@ def load_merged_state_dict(
     refresh(reducer)
     if new is not None:
         states, options = new
-        put_options(optimizer, mine, module, options)
+        put_options(optimizer, options)
         put_state(optimizer, states)
 
 
@@ -186,7 +187,9 @@ def _optimizer_state(module: nn.Module, mine: Mapping[str, Entry], optimizer: An
                 state[key] = value.clone().reshape(()) if isinstance(value, torch.Tensor) else value
         states.append((h, state))
     options = [{k: v for k, v in g.items() if k not in ("params", "param_names")} for g in saved["param_groups"]]
-    return states, [{**o, "names": g["names"]} for o, g in zip(options, own, strict=True)]
+    named = [{**o, "names": g["names"]} for o, g in zip(options, own, strict=True)]
+    check_groups(optimizer, mine, module, named)
+    return states, named
 
 
 def _all_groups(optimizer: Any, mine: Mapping[str, Entry], module: nn.Module) -> list[dict[str, Any]]:
@@ -205,7 +208,8 @@ def _numbered(own: list[dict[str, Any]], order: Sequence[str], saved: Sequence[M
     if all("param_names" in g for g in saved):  # of an optimizer made over named_parameters()
         return {n: i for g in saved for i, n in zip(g["params"], g["param_names"], strict=True)}
     sizes = [len(g["params"]) for g in saved]
-    for listed in ([g["names"] for g in own], [order]):
+    whole = [[order]] if len(own) == 1 else []  # one group may count frozen parameters too
+    for listed in ([g["names"] for g in own], *whole):
         if [len(names) for names in listed] == sizes:
             return {n: i for g, names in zip(saved, listed, strict=True) for i, n in zip(g["params"], names, strict=True)}
     raise CheckpointError(

@@ -67,19 +67,17 @@ class SavePlanner(DefaultSavePlanner):
 
 
 class ReadPlanner(LoadPlanner):
-    """Fills the views of tensors (name -> rectangles), and puts the objects asked for into .objects."""
+    """Fills the views of tensors (name -> rectangles)."""
 
-    def __init__(self, tensors: Mapping[str, Parts], objects: list[str]):
-        self.tensors, self.wanted = tensors, objects
-        self.objects: dict[str, Any] = {}
+    def __init__(self, tensors: Mapping[str, Parts]):
+        self.tensors = tensors
         self.targets: list[torch.Tensor] = []
 
     def set_up_planner(self, state_dict: dict, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
         self.metadata = metadata
 
     def create_local_plan(self) -> LoadPlan:
-        zero = torch.Size((0,))
-        items = [ReadItem(LoadItemType.BYTE_IO, MetadataIndex(n), zero, MetadataIndex(n), zero, torch.Size((0,))) for n in self.wanted]
+        items = []
         for name, parts in self.tensors.items():
             chunks = [Box(tuple(c.offsets), tuple(c.sizes)) for c in self.metadata.state_dict_metadata[name].chunks]
             for i, chunk in enumerate(chunks):
@@ -101,7 +99,7 @@ class ReadPlanner(LoadPlanner):
         return central_plan
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        self.objects[read_item.dest_index.fqn] = torch.load(value, map_location="cpu", weights_only=True)
+        raise AssertionError("objects are read by read_objects")
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
         return self.targets[read_item.dest_index.index]
@@ -175,3 +173,17 @@ def shapes_of(metadata: Metadata, prefix: str) -> dict[str, tuple[int, ...]]:
 
 def objects_of(metadata: Metadata) -> set[str]:
     return {n for n, m in metadata.state_dict_metadata.items() if isinstance(m, BytesStorageMetadata)}
+
+
+def read_objects(folder: Path, metadata: Metadata, names: list[str]) -> dict[str, Any]:
+    """On this rank alone."""
+    out = {}
+    for name in names:
+        at = metadata.storage_data[MetadataIndex(name)]
+        with (folder / at.relative_path).open("rb") as f:
+            f.seek(at.offset)
+            try:
+                out[name] = torch.load(io.BytesIO(f.read(at.length)), map_location="cpu", weights_only=True)
+            except Exception as e:  # NB: torch raises RuntimeError, UnpicklingError, EOFError, ...
+                raise CheckpointError(f"cannot read {name} in {folder / at.relative_path}: {type(e).__name__}: {e}") from e
+    return out

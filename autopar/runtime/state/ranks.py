@@ -18,6 +18,7 @@ from autopar.runtime.groups import fail_together
 from autopar.runtime.state.inventory import (
     Entry,
     Held,
+    check_groups,
     compare,
     entries,
     groups,
@@ -192,7 +193,8 @@ def _load(module: nn.Module, optimizer: Any, state: Mapping[str, Any], model: Ma
                 f"the optimizer's state was sharded in another way (ZeRO settings): this rank updates other parts of "
                 f"{', '.join(lost[:6]) or 'the parameters'}; use merge_state_dicts, or load_checkpoint"
             )
-        put_options(optimizer, mine, module, state["optimizer"]["groups"])
+        check_groups(optimizer, mine, module, state["optimizer"]["groups"])
+        put_options(optimizer, state["optimizer"]["groups"])
         found = []
         for h in pieces:
             s = ranges[h.name, h.layout.start, h.layout.stop]

@@ -46,6 +46,9 @@ class Weights:
 def source(given: Mapping[str, torch.Tensor] | str | Path) -> Weights:
     """Raises CheckpointError for files that are missing or damaged."""
     if isinstance(given, Mapping):
+        if isinstance(given.get("autopar"), Mapping):
+            kind = given["autopar"].get("kind")
+            raise CheckpointError(f"this is one rank's {kind} state dict; use load_{kind}_state_dict, or merge those of all ranks")
         shapes = {n: tuple(t.shape) for n, t in given.items() if isinstance(t, torch.Tensor)}
         return Weights("the state dict", shapes, lambda name, at: given[name][at])
     path = Path(given)
