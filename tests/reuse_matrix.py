@@ -11,8 +11,9 @@ import linecache
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -74,7 +75,7 @@ GROUPS = {  # what the table calls the files
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kind:
     """One kind of difference. part: 'graph', 'code' or '' for none; field: what the error of `match` names.
 
@@ -201,16 +202,20 @@ def outcome(kind: Kind, mode: str, work: Path) -> Outcome:
     return Outcome(error, tuple(n for n in names if n != "manifest.json" and before.get(n) != after.get(n)))
 
 
-def matrix(kinds: list[Kind] = KINDS) -> str:
+@cache
+def cell(kind: Kind, mode: str) -> Outcome:
+    """outcome in a folder of its own; each pair is tried once."""
+    with tempfile.TemporaryDirectory() as work:
+        return outcome(kind, mode, Path(work))
+
+
+def matrix() -> str:
     """The table, in Markdown."""
     rows = ["| what differs | " + " | ".join(f"`{m}`" for m in MODES) + " |", "|---" * (len(MODES) + 1) + "|"]
-    with ExitStack() as stack:
-        for kind in kinds:
-            cells = []
-            for mode in MODES:
-                got = outcome(kind, mode, Path(stack.enter_context(tempfile.TemporaryDirectory())))
-                cells.append(f"error: `{kind.field}`" if got.error and kind.field in got.error else str(got))
-            rows.append(f"| {kind.name} | {' | '.join(cells)} |")
+    for kind in KINDS:
+        found = [cell(kind, mode) for mode in MODES]
+        cells = [f"error: `{kind.field}`" if c.error and kind.field in c.error else str(c) for c in found]
+        rows.append(f"| {kind.name} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from reuse_matrix import GROUPS, KINDS, MODES, compile_kind, matrix, outcome
+from reuse_matrix import GROUPS, KINDS, MODES, cell, compile_kind, matrix
 
 import autopar
 from autopar import driver
@@ -21,8 +21,8 @@ IN_CODE = {"`guards`": {"model.py"}, "`runtime_ngpus`": set(), "autopar's versio
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.name)
-def test_matrix(kind, mode, tmp_path):
-    got = outcome(kind, mode, tmp_path)
+def test_matrix(kind, mode):
+    got = cell(kind, mode)
     changed = set(got.changed)
     assert changed <= GROUPS.keys() and bool(got.error) == (mode == "match" and bool(kind.part))
     if got.error:
