@@ -209,24 +209,32 @@ class Axis:
 
 
 _SLICE = 0.2  # seconds
-interrupt: list[Callable[[], None]] = []  # called while a gloo collective waits; raises where a rank has failed (faults.py)
+# Called while a gloo collective waits (with None) and when it fails (with the error): raises where a rank has failed (faults.py).
+interrupt: list[Callable[[RuntimeError | None], None]] = []
 
 
 def wait(work: dist.Work) -> None:
     """Wait for a gloo collective that was started with async_op=True, no longer than until another rank is known to have failed."""
-    while interrupt:
+    if not interrupt:
+        work.wait()
+        return
+    while True:
         start = time.monotonic()
         try:
             work.wait(timedelta(seconds=_SLICE))
             return
-        except RuntimeError:
-            if time.monotonic() - start < _SLICE / 2:
-                raise
-            if work.is_completed():
-                break  # NB: it may have succeeded just now
-            for check in interrupt:
-                check()
-    work.wait()
+        except RuntimeError as e:
+            error, failed = e, time.monotonic() - start < _SLICE / 2
+        if work.is_completed():
+            try:
+                work.wait()  # NB: perhaps it is done just now, and well
+                return
+            except RuntimeError as e:
+                error, failed = e, True
+        for check in interrupt:
+            check(error if failed else None)
+        if failed:
+            raise error
 
 
 class DistComm:

@@ -192,7 +192,6 @@ class Watch:
         self.failed: set[tuple[str, int]] = set()  # steps that this rank has failed in by itself
         self.pending: list[tuple[float, Fault]] = []
         self._seen = self._answered = 0
-        self._lock = threading.Lock()
         axis_module.interrupt[:] = [self.interrupt]
         threading.Thread(target=self._loop, name="autopar faults", daemon=True).start()
 
@@ -203,10 +202,12 @@ class Watch:
         self.step += kind == "train_step"
         self.kind, self.group, self.doing, self.inside = kind, group, "the agreement on the samples", True
 
-    def interrupt(self) -> None:
-        """Raise the cause if a rank has failed that this one may be waiting for."""
+    def interrupt(self, error: RuntimeError | None = None) -> None:
+        """Raise the cause if a rank has failed that this one may be waiting for. error: what a collective has failed with meanwhile."""
+        if error is not None and self.cause is None and self.pending:
+            self.cause = self.pending[0][1].text
         if self.cause is not None:
-            raise StepError(self.cause)
+            raise StepError(self.cause) from error
 
     def explain(self, e: BaseException) -> BaseException:
         """What to raise on this rank for an exception that a step ended with; the others are told."""
