@@ -5,10 +5,7 @@ Forked gloo processes but for the last tests; the savedir alone is in test_saved
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,12 +13,12 @@ import pytest
 import torch
 from procs import run_processes
 from torch import nn
+from torchrun import torchrun
 
 import autopar
 from autopar.runtime.launch import load
 
 pytestmark = pytest.mark.procs
-SCRIPT = Path(__file__).parent / "torchrun_train.py"
 X = torch.ones(4, 8)
 
 
@@ -174,13 +171,6 @@ def test_one_rank_has_other_weights(tmp_path):
 
 
 # ---- torchrun ------------------------------------------------------------------------------------------------------------------
-
-
-def torchrun(mode: str, folder: Path, timeout: float) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPT, mode, folder]
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK")}
-    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(autopar.__file__).parents[1])}
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
 
 
 def test_training_under_torchrun(tmp_path):

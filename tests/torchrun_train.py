@@ -50,7 +50,7 @@ def merged(module: nn.Module, name: str) -> torch.Tensor:
     """The whole gradient of a parameter, put together from all ranks."""
     place, grad = module.named_placements()[name], module.get_parameter(name).grad
     pieces: list = [None] * dist.get_world_size()
-    dist.all_gather_object(pieces, (module.local_slice(name), grad))
+    dist.all_gather_object(pieces, (module.local_slice(name), grad.cpu()))
     whole = torch.full(place.shape, float("nan"))
     for where, piece in pieces:
         whole[where] = piece
@@ -62,20 +62,23 @@ def train(folder: Path) -> dict:
     plain = Net()
     batches = [dict(zip(("ids", "labels"), torch.randint(0, 16, (2, 4, 6)), strict=True)) for _ in range(STEPS)]
     module = autopar.parallelize(copy.deepcopy(plain), batches[0], columns_and_rows, {"plan_ngpus": 2}, gen_savedir=folder / "saved")
+    device = module.device  # CUDA where there is one, shared by the ranks if need be
+    plain.to(device)
     held = sum(p.numel() for p in module.parameters()), sum(p.numel() for p in plain.parameters())
     ours, theirs = (torch.optim.SGD(m.parameters(), lr=0.5) for m in (module, plain))
     losses, gradients = [], []
     for batch in batches:
+        batch = {k: v.to(device) for k, v in batch.items()}
         for model, optimizer in ((module, ours), (plain, theirs)):
             optimizer.zero_grad()
             loss = model(**batch)
             loss.backward()
             losses.append(loss.item())
         module.sync_grads()
-        gradients += [float((merged(module, n) - p.grad).abs().max()) for n, p in plain.named_parameters()]
+        gradients += [float((merged(module, n) - p.grad.cpu()).abs().max()) for n, p in plain.named_parameters()]
         ours.step()
         theirs.step()
-    return {"losses": losses, "gradients": gradients, "held": held}
+    return {"losses": losses, "gradients": gradients, "held": held, "device": str(device), "backend": dist.get_backend()}
 
 
 def a_rank_without_weights(folder: Path) -> str:
