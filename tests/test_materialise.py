@@ -4,6 +4,7 @@ Must not know generated code."""
 from __future__ import annotations
 
 import copy
+import random
 
 import pytest
 import torch
@@ -276,6 +277,33 @@ def test_errors_end_all_ranks(tmp_path, imported):
     for first, second in run_processes(run, 2):
         assert "nothing gives scale and 1 more a value" in first
         assert "no weights for" in second and "few.safetensors" in second
+
+
+class Pythonic(nn.Linear):
+    def reset_parameters(self):
+        with torch.no_grad():
+            self.weight.fill_(random.random())
+            self.bias.fill_(random.random())
+
+
+@pytest.mark.procs
+def test_other_generators_have_to_be_alike(tmp_path, imported):
+    """The initialisation draws with Python's generator: right where ranks have the same, an error where not."""
+    args = {"input": torch.ones(2, 8)}
+
+    def run(rank, seed):
+        module = on_meta(lambda: Pythonic(8, 8))
+        random.seed(seed)
+        try:
+            local = parallelize(module, args, "tp", ComputeConfig(plan_ngpus=2), gen_savedir=tmp_path)
+        except LayoutError as e:
+            return str(e)
+        random.seed(seed)
+        holds(local, Pythonic(8, 8))
+
+    assert run_processes(lambda rank: run(rank, 4), 2) == [None, None]
+    for text in run_processes(lambda rank: run(rank, rank), 2):
+        assert "draws from Python's or NumPy's random numbers, and rank 1 has other ones than rank 0" in text
 
 
 @pytest.mark.procs

@@ -4,6 +4,9 @@ Must not know how a savedir is made; no rank ever holds more than its slices and
 
 from __future__ import annotations
 
+import hashlib
+import random
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from autopar.errors import SavedirError
+from autopar.errors import LayoutError, SavedirError
 from autopar.runtime.broadcast import Slices, Want, fetch, key
 from autopar.runtime.groups import TIMEOUT, fail_together
 from autopar.runtime.materialise import materialise
@@ -72,7 +75,7 @@ def fill(
         wanted = [n for n in with_values[0] if n not in readers]
         pieces = fetch([w for n in wanted for w in _wants(n, places[n], module)] if dist.get_rank() else [], local)
         readers |= {n: _popper(pieces) for n in wanted}
-    drawn = [torch.get_rng_state()]
+    drawn = [(torch.get_rng_state(), _other_generators())]
     if original is not None and many:
         dist.broadcast_object_list(drawn, src=0)
 
@@ -86,17 +89,18 @@ def fill(
                 "autopar.runtime.launch.load(folder, weights='model.safetensors')"
             )
         if missing:
-            pieces = _initialised(original(), {n: places[n] for n in missing}, module, drawn[0])
+            pieces = _initialised(original(), {n: places[n] for n in missing}, module, *drawn[0])
             readers.update((n, _popper(pieces)) for n in missing)
         return module.load(lambda name, slices: readers[name](name, slices), device or module.mesh.device)
 
     return fail_together("load", finish, timeout)
 
 
-def _initialised(original: nn.Module, places: Mapping[str, Placement], module: ParallelModule, drawn: Tensor) -> Pieces:
+def _initialised(original: nn.Module, places: Mapping[str, Placement], module: ParallelModule, drawn: Tensor, others: str) -> Pieces:
     """The slices of this rank after the original's own initialisation, which draws from rank 0's random state.
 
     A rank whose state was the same goes on where the initialisation ended, as plain PyTorch would; another keeps its own.
+    others: digest of rank 0's other generators. Raises LayoutError where they are drawn from and this rank's differ.
     """
     pieces: Pieces = {}
 
@@ -107,14 +111,25 @@ def _initialised(original: nn.Module, places: Mapping[str, Placement], module: P
 
         places[name].shard(module.mesh, read)
 
-    own = torch.get_rng_state()
+    own, own_others = torch.get_rng_state(), _other_generators()
     torch.set_rng_state(drawn)
     try:
         materialise(original, keep, set(places))
     finally:
         if not torch.equal(own, drawn):
             torch.set_rng_state(own)
+    if own_others not in (others, _other_generators()):
+        raise LayoutError(
+            f"the initialisation of {type(original).__name__} draws from Python's or NumPy's random numbers, and rank {module.mesh.rank} "
+            "has other ones than rank 0; seed them alike on all ranks, or draw with torch"
+        )
     return pieces
+
+
+def _other_generators() -> str:
+    """Digest of the states of Python's and NumPy's generators."""
+    numpy = sys.modules.get("numpy")
+    return hashlib.sha256(repr((random.getstate(), numpy and numpy.random.get_state()[1].tobytes())).encode()).hexdigest()
 
 
 def _wants(name: str, place: Placement, module: ParallelModule) -> list[Want]:
@@ -149,9 +164,9 @@ class _Empty:
 
 def _given(weights: str | Path | Reader, others: Mapping[str, list[str]]) -> Reader:
     """A reader of the user's weights, in which a tied tensor may go by any of its names."""
-    if callable(weights):
+    if callable(weights) and not isinstance(weights, SafetensorsReader):
         return weights
-    files = SafetensorsReader(weights)
+    files = weights if isinstance(weights, SafetensorsReader) else SafetensorsReader(weights)
 
     def read(name: str, slices: Slices) -> Tensor:
         return files(next((n for n in (name, *others.get(name, ())) if n in files), name), slices)
