@@ -8,6 +8,7 @@ cannot tell: whoever loses contact calls the roll, and the threads of those who 
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import re
@@ -54,6 +55,19 @@ def control(mesh: RankMesh, names: Sequence[str] | None = None) -> Axis:
     return known[names]
 
 
+def gather(axis: Axis, numbers: Sequence[int]) -> list[list[int]]:
+    """The whole numbers of every rank of a control axis."""
+    mine = torch.tensor(numbers)
+    if not isinstance(axis.comm, DistComm):
+        return axis.stack(mine).tolist()
+    if axis_module._recorders:
+        axis_module._note("all_gather", axis, mine)
+    rows = torch.empty((axis.size, len(mine)), dtype=mine.dtype)
+    # NB: below torch.distributed's functions, which cost three times what they do here.
+    axis_module.wait(axis.comm.group.allgather([list(rows.unbind())], [mine]))
+    return rows.tolist()
+
+
 def listed(ranks: Sequence[int], most: int = 8) -> str:
     """'rank 3', 'ranks 0, 1 and 5 more'."""
     shown = ", ".join(map(str, ranks[:most])) + (f" and {len(ranks) - most} more" if len(ranks) > most else "")
@@ -94,7 +108,7 @@ class Turn:
         mine = [_KINDS.index(self.kind), n, zlib.crc32(bytes(dummies)), int(bool(problem))]
         # NB: inference talks inside a unit only, and units may well have different numbers of samples.
         first = 0 if train else self.mesh.unit * self.mesh.unit_size
-        rows = control(self.mesh, None if train else self.mesh.names).stack(torch.tensor(mine)).tolist()
+        rows = gather(control(self.mesh, None if train else self.mesh.names), mine)
         if self.watch is not None and train:
             self.watch.agreed = self.watch.step
         error = self._difference(rows, first, problem)
@@ -176,6 +190,8 @@ class Watch:
     def get(cls) -> Watch:
         store = dist.distributed_c10d._get_default_store()
         if cls._one is None or cls._one._source is not store:
+            if cls._one is not None:
+                cls._one._end.set()
             cls._one = cls(store)
         return cls._one
 
@@ -193,7 +209,10 @@ class Watch:
         self.pending: list[tuple[float, Fault]] = []
         self._seen = self._answered = 0
         axis_module.interrupt[:] = [self.interrupt]
-        threading.Thread(target=self._loop, name="autopar faults", daemon=True).start()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="autopar faults", daemon=True)
+        self._thread.start()
+        atexit.register(self._stop)  # NB: a thread that is inside of the store when Python ends aborts the process
 
     # -- called by the main thread
 
@@ -276,9 +295,12 @@ class Watch:
 
     # -- the thread
 
+    def _stop(self) -> None:
+        self._end.set()
+        self._thread.join(timeout=6)
+
     def _loop(self) -> None:
-        while Watch._one is self or Watch._one is None:
-            time.sleep(POLL)
+        while not self._end.wait(POLL):
             try:
                 self._answer()
                 self._read()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from autopar.errors import StepError
-from autopar.runtime.faults import control, listed
+from autopar.runtime.faults import control, gather, listed
 
 _KINDS = ("", "the parameter {name} itself", "the loss of sample {index}", "the gradient of {name}")
 
@@ -27,7 +27,7 @@ def check(module: nn.Module, losses: Sequence[Tensor | None] = ()) -> None:
         [(i, p.grad) for i, (_, p) in enumerate(named) if p.grad is not None],
     )
     mine = next(((kind, bad[0], len(bad)) for kind, bad in enumerate(map(_bad, groups), 1) if bad), (0, 0, 0))
-    rows = control(module.mesh).stack(torch.tensor(mine)).tolist()
+    rows = gather(control(module.mesh), mine)
     found = {tuple(row): [r for r, other in enumerate(rows) if other == row] for row in rows if row[0]}
     if not found:
         return
