@@ -177,6 +177,66 @@ def test_hugging_face_folders(code, tmp_path, monkeypatch):
     assert sorted(f.name for f in tmp_path.iterdir()) == ["hf", "merged.safetensors", "one.safetensors"]
 
 
+def half(code, zero, folder, load):
+    """Two steps in bfloat16 with float32 masters, saved (or loaded instead), and two more."""
+    module = launch.load(code[0]).to(torch.bfloat16)
+    config = ComputeConfig(plan_ngpus=2, runtime_ngpus=4, **zero)
+    optimizer = build_optimizer(module, autopar.mixed_precision(torch.optim.AdamW), config, lr=0.01, eps=1e-3)
+    return mixed_steps(module, optimizer, folder, load, 2)
+
+
+def mixed_steps(module, optimizer, folder, load, units):
+    def step(i):
+        optimizer.zero_grad()
+        (module(**batch(i))["loss"] / units).backward()
+        optimizer.step()
+
+    for i in range(2 if not load else 1):
+        step(i)
+    if load:
+        autopar.load_checkpoint(load, module, optimizer)
+    else:
+        autopar.save_checkpoint(folder, module, optimizer)
+    for i in range(2, 4):
+        step(i)
+    optimizer.zero_grad()
+    return autopar.sharded_state_dict(module, optimizer)
+
+
+@pytest.mark.procs
+def test_master_weights(code, tmp_path):
+    """Saved and loaded with the optimizer: to the same layout bitwise, to ZeRO and to one process nearly so."""
+    want = run_processes(lambda rank: half(code, {}, tmp_path / "c", None), 4)
+    model, optim = autopar.merge_state_dicts(want)
+    assert model["pos"].dtype == torch.bfloat16 and optim["state"][0]["master"].dtype == torch.float32
+    again = run_processes(lambda rank: half(code, {}, None, tmp_path / "c"), 4)
+    assert all(torch.equal(t, model[n]) for n, t in autopar.merge_state_dicts(again)[0].items())
+    zero = run_processes(lambda rank: half(code, {"use_zero": 1}, None, tmp_path / "c"), 4)
+    alone = lm().to(torch.bfloat16)
+    one = mixed_steps(alone, autopar.mixed_precision(torch.optim.AdamW)(alone.parameters(), lr=1.0), None, tmp_path / "c", 1)
+    for states in (zero, [one]):
+        other = autopar.merge_state_dicts(states)[1]
+        for i, state in optim["state"].items():
+            torch.testing.assert_close(other["state"][i]["master"], state["master"], rtol=1e-2, atol=1e-2)
+            assert other["state"][i]["step"] == state["step"] == 4
+
+
+def from_checkpoint(code, folder):
+    """Weights alone, of another plan, slice by slice."""
+    module = launch.load(code[0])
+    autopar.load_merged_state_dict(module, folder)
+    return autopar.sharded_state_dict(module)
+
+
+@pytest.mark.procs
+def test_weights_of_a_checkpoint(code, tmp_path):
+    torch.manual_seed(7)
+    module = lm()
+    autopar.save_checkpoint(tmp_path / "c", module)
+    got = run_processes(lambda rank: from_checkpoint(code, tmp_path / "c"), 2)
+    assert all(torch.equal(t, module.state_dict()[n]) for n, t in autopar.merge_state_dicts(got)[0].items())
+
+
 def spread(code):
     import torch.distributed as dist
 

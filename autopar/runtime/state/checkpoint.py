@@ -44,6 +44,7 @@ from autopar.runtime.state.inventory import (
 )
 from autopar.runtime.state.layout import Layout
 from autopar.runtime.state.merge import join_groups, to_torch
+from autopar.runtime.state.weights import Weights
 
 log = logging.getLogger("autopar")
 FORMAT = 1
@@ -275,6 +276,12 @@ def _optimizer(
 def _copies(values: dict[str, Any]) -> dict[str, Any]:
     # NB: two pieces of one parameter may not count in the same tensor.
     return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
+
+
+def weights_of(folder: str | Path) -> Weights:
+    """The weights in a checkpoint by name and slice, for one rank alone."""
+    path, _, metadata = open_checkpoint(folder)
+    return Weights(str(path), planner.shapes_of(metadata, MODEL), lambda name, at: planner.read_slice(path, metadata, MODEL + name, at))
 
 
 def read_merged(folder: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:

@@ -118,15 +118,21 @@ def held(optimizer: Any, params: Mapping[str, Entry], module: nn.Module) -> list
         return out
     names = {id(p): n for n, p in module.named_parameters()}
     out = []
-    for p in (p for g in optimizer.param_groups for p in g["params"]):
+    masters = _masters(optimizer)
+    for p in masters or (p for g in optimizer.param_groups for p in g["params"]):
         if id(p) not in names:
             raise CheckpointError(
                 f"the optimizer updates a {tuple(p.shape)} parameter that is not this {type(module).__name__}'s; "
                 f"build it from the module's parameters (autopar.build_optimizer does)"
             )
         entry = by_name[names[id(p)]]
-        out.append(Held(entry.name, entry.layout, p, optimizer.state.get(p, {})))
+        out.append(Held(entry.name, entry.layout, p, optimizer.state_of(p) if masters else optimizer.state.get(p, {})))
     return out
+
+
+def _masters(optimizer: Any) -> Mapping[torch.Tensor, torch.Tensor]:
+    """parameter -> its master, which is what the groups hold; empty where the optimizer has no masters."""
+    return getattr(optimizer, "masters", None) or getattr(getattr(optimizer, "optimizer", None), "masters", {})
 
 
 def groups(optimizer: Any, params: Mapping[str, Entry], module: nn.Module) -> list[dict[str, Any]]:
@@ -134,7 +140,8 @@ def groups(optimizer: Any, params: Mapping[str, Entry], module: nn.Module) -> li
     if hasattr(optimizer, "named_groups"):
         found = optimizer.named_groups()
     else:
-        ids = {id(h.param): h.name for h in held(optimizer, params, module)}
+        masters = _masters(optimizer)
+        ids = {id(masters.get(h.param, h.param)): h.name for h in held(optimizer, params, module)}
         found = [{**g, "names": [ids[id(p)] for p in g["params"] if id(p) in ids]} for g in optimizer.param_groups]
     order = {n: i for i, e in enumerate(params.values()) for n in e.names}
     first = {n: e.name for e in params.values() for n in e.names}
@@ -176,13 +183,16 @@ def put_state(optimizer: Any, found: list[tuple[Held, dict[str, Any]]]) -> None:
     """Make these the optimizer's state; a parameter with an empty one has none."""
     # NB: as torch does, counters stay on the CPU unless the optimizer's kernels read them on the device.
     on_device = any(g.get("capturable") or g.get("fused") for g in optimizer.param_groups)
+    masters = _masters(optimizer)
     for h, state in found:
         where = h.param.device if on_device else torch.device("cpu")
         counter = {k for k, v in state.items() if isinstance(v, torch.Tensor) and v.dim() == 0 and (h.param.dim() or k == "step")}
         state = {k: v.to(where) if k in counter else v for k, v in state.items()}
-        optimizer.state.pop(h.param, None)
+        optimizer.state.pop(masters.get(h.param, h.param), None)
         if h.piece is not None:
             optimizer.load_piece(h.piece, state)
+        elif masters:
+            optimizer.load_state_of(h.param, state)
         elif state:
             optimizer.state[h.param] = state
 

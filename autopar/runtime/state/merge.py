@@ -143,8 +143,8 @@ def load_merged_state_dict(
 ) -> None:
     """Fill this rank's part of the module (and optimizer) from whole state dicts of the original ones.
 
-    state_dict: a mapping, or a safetensors file or folder of them (Hugging Face form, with an index or not), of which only this
-    rank's slices are read. Raises CheckpointError for missing or extra names and other shapes, before anything is changed.
+    state_dict: a mapping; or a safetensors file, a folder of them (Hugging Face form, with an index or not) or a checkpoint folder, of
+    which only this rank's slices are read. Raises CheckpointError for missing or extra names and other shapes, before anything is changed.
     """
     reducer = reducer_of(module, optimizer)
     mine = entries(module, reducer)

@@ -175,15 +175,30 @@ def objects_of(metadata: Metadata) -> set[str]:
     return {n for n, m in metadata.state_dict_metadata.items() if isinstance(m, BytesStorageMetadata)}
 
 
+def _stored(folder: Path, metadata: Metadata, index: MetadataIndex) -> Any:
+    at = metadata.storage_data[index]
+    with (folder / at.relative_path).open("rb") as f:
+        f.seek(at.offset)
+        try:
+            return torch.load(io.BytesIO(f.read(at.length)), map_location="cpu", weights_only=True)
+        except Exception as e:  # NB: torch raises RuntimeError, UnpicklingError, EOFError, ...
+            raise CheckpointError(f"cannot read {index.fqn} in {folder / at.relative_path}: {type(e).__name__}: {e}") from e
+
+
 def read_objects(folder: Path, metadata: Metadata, names: list[str]) -> dict[str, Any]:
     """On this rank alone."""
-    out = {}
-    for name in names:
-        at = metadata.storage_data[MetadataIndex(name)]
-        with (folder / at.relative_path).open("rb") as f:
-            f.seek(at.offset)
-            try:
-                out[name] = torch.load(io.BytesIO(f.read(at.length)), map_location="cpu", weights_only=True)
-            except Exception as e:  # NB: torch raises RuntimeError, UnpicklingError, EOFError, ...
-                raise CheckpointError(f"cannot read {name} in {folder / at.relative_path}: {type(e).__name__}: {e}") from e
+    return {name: _stored(folder, metadata, MetadataIndex(name)) for name in names}
+
+
+def read_slice(folder: Path, metadata: Metadata, name: str, slices: tuple[slice, ...]) -> torch.Tensor:
+    """A slice of a whole tensor, on this rank alone; one stored rectangle at a time is in memory."""
+    m = metadata.state_dict_metadata[name]
+    spans = [s.indices(n)[:2] for s, n in zip(slices or (slice(None),) * len(m.size), m.size, strict=True)]
+    wanted = Box(tuple(a for a, _ in spans), tuple(b - a for a, b in spans))
+    out = torch.empty(wanted.sizes, dtype=m.properties.dtype)
+    for c in m.chunks:
+        chunk = Box(tuple(c.offsets), tuple(c.sizes))
+        both = chunk.meet(wanted)
+        if both is not None:
+            wanted.within(out, both).copy_(chunk.within(_stored(folder, metadata, MetadataIndex(name, c.offsets)), both))
     return out

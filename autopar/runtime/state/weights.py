@@ -1,4 +1,4 @@
-"""Whole weights by name and slice: from a mapping, from safetensors files and folders in Hugging Face form; and saved as one file.
+"""Whole weights by name and slice: from a mapping, a checkpoint, safetensors files and folders of them; and saved as one file.
 Must not know optimizers, nor how weights are split.
 """
 
@@ -52,6 +52,10 @@ def source(given: Mapping[str, torch.Tensor] | str | Path) -> Weights:
         shapes = {n: tuple(t.shape) for n, t in given.items() if isinstance(t, torch.Tensor)}
         return Weights("the state dict", shapes, lambda name, at: given[name][at])
     path = Path(given)
+    if (path / "autopar.json").exists():
+        from autopar.runtime.state.checkpoint import weights_of
+
+        return weights_of(path)
     return _files(path, _listed(path))
 
 
