@@ -24,7 +24,7 @@ LAYOUTS = {
     "tp2x2": ("tp", TP, 2, 0),
     "data2x2": ("data", TP, 2, 0),
     "tp4": ("tp", TP4, 1, 0),
-    **{f"random{seed}": ("random", DP_TP, 1 + seed % 2, seed) for seed in range(6)},
+    **{f"random{seed}": ("random", DP_TP, 1 + seed % 2, seed) for seed in range(4)},
 }
 ZERO = {
     "none": {},

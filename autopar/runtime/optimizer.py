@@ -124,8 +124,8 @@ class ParallelOptimizer(Wrapper):
     def _backward_ran(self, param: Tensor) -> None:
         if self.reducer.summed:
             raise LayoutError(
-                "a backward ran after the gradients were summed over the ranks, so its gradients would not be; "
-                "call zero_grad() after each step, and sync_shard_grad(), scale_grads() or clip_gnorm() after the last backward of a step"
+                "a backward ran after the gradients were summed over the ranks: call zero_grad() after each step, "
+                "and clip_gnorm(), scale_grads() or sync_shard_grad() after its last backward"
             )
         self.reducer.seen = True
 
