@@ -70,6 +70,8 @@ class Interpreter:
             elif x.fn == "autopar:set_buffer":
                 owner, _, name = ir.join(path, x.args[0]).rpartition(".")
                 setattr(self.module.get_submodule(owner), name, env[x.args[1].id])
+            elif x.fn == "autopar:select_training":
+                env[x.out.id] = env[x.args[not self.module.training].id]
             elif not x.training or self.module.training:
                 with torch.set_grad_enabled(x.ctx.grad and torch.is_grad_enabled()), contextlib.ExitStack() as stack:
                     for device, dtype, on in x.ctx.autocast:

@@ -90,7 +90,9 @@ def replay(rec: Recording, module: torch.nn.Module, given: dict[str, Any]) -> An
     env.update(found)
     assert [i for i, _ in found] == list(rec.inputs)
     for e in rec.events:
-        if isinstance(e, RecordedOp):
+        if isinstance(e, RecordedOp) and e.fn == "autopar:select_training":
+            env[e.out.id] = env[e.args[not module.training].id]
+        elif isinstance(e, RecordedOp):
             with contextlib.ExitStack() as stack:
                 stack.enter_context(torch.set_grad_enabled(e.ctx.grad))
                 for dev, dtype, on in e.ctx.autocast:

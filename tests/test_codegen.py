@@ -152,7 +152,7 @@ def test_one_class_per_block_and_a_loop():
     _, text = build(*case("stack")[:2])
     assert text.count("class Mlp(ap.Block):") == 1 and '"""layers.* (' in text and "3 instances" in text
     assert "        for i in range(3):\n            self.add(f\"layers.{i}\", Mlp(mesh))\n" in text
-    assert "for layer in self.layers:\n    hidden_states = layer(hidden_states, scale)" in body(text, "Stack")
+    assert "for layer in self.layers:\n    hidden = layer(hidden, scale)" in body(text, "Stack")
 
 
 def test_collected_outputs_stop_the_loop():
@@ -163,7 +163,7 @@ def test_collected_outputs_stop_the_loop():
 def test_repeated_and_partial_loops():
     _, text = build(*case("shared")[:2])
     lines = body(text, "Shared")
-    assert any(s.startswith("for _ in range(3):\n    hidden_states = self.layers[0](hidden_states)") for s in lines)
+    assert any(s.startswith("for _ in range(3):\n    x = self.layers[0](x)") for s in lines)
     assert any(s.startswith("for layer in self.layers[2:4]:") for s in lines)
 
 

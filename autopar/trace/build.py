@@ -136,7 +136,7 @@ class _Builder:
                 stack.append(r)
                 paths.append((paths[-1] if paths else "") if e.recompute else r.path)
             elif isinstance(e, Exit):
-                stack.pop()
+                stack.pop().results = {v: n for v, n in zip(e.out, e.names, strict=False) if v is not None}
                 paths.pop()
             else:
                 assert stack, "an op outside of the root module's call"
@@ -331,7 +331,9 @@ class _Builder:
         tensors: tuple[Tensor, ...] = tuple(replace(t, name=renamed.get(t.name, t.name)) for t in used)
         constants = {renamed[n]: t for n, t in rec.constants.items() if n in renamed}
         output = ir.map_refs(rec.output, here)
-        return Graph(root_name, blocks, tensors, arguments, output, rec.folded, rec.training, rec.warnings, rec.module, constants, rec.branch)
+        return Graph(
+            root_name, blocks, tensors, arguments, output, rec.folded, rec.training, rec.warnings, rec.module, constants, rec.branch
+        )
 
     def _block(self, r: Region, label: dict[int, str], renamed: dict[str, str], instances: tuple[str, ...]) -> tuple[Block, dict[int, int]]:
         """The block of a class from one of its regions, and the ids of the recording's values in it."""
@@ -355,9 +357,10 @@ class _Builder:
             args, kwargs, out = ir.map_refs(x.args, here), ir.map_refs(x.kwargs, here), ir.map_refs(x.out, here)
             ops.append(Op(op_id, x.fn, args, kwargs, out, path, x.src, x.ctx, pairs(e.writes), e.whole, x.training))
         values = []
+        called = {v: n for e in r.body if isinstance(e, Region) for v in e.outs if (n := e.results.get(v))}
         for v, i in local.items():
             x = self.values[v]
-            values.append(Value(i, x.name, x.kind, tuple(x.shape), x.dtype, x.grad))
+            values.append(Value(i, called.get(v, x.name), x.kind, tuple(x.shape), x.dtype, x.grad))
         outs = self.outputs if r is self.root else r.outs
         named = []
         for v in params:

@@ -11,9 +11,10 @@ import contextlib
 import inspect
 import linecache
 import os
+import sys
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import CodeType, FrameType
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 
 from autopar.ir.graph import Source
 from autopar.trace.names import name_of
+from autopar.trace.recording import Enter, Exit, RecordedOp, Recording
 from autopar.trace.sources import Sources
 
 _MODULES = os.path.dirname(torch.nn.modules.__file__) + os.sep
@@ -33,6 +35,7 @@ KNOWN = frozenset(
     f"torch.nn.functional.{n}"
     for n in "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout rrelu batch_norm instance_norm".split()  # noqa: SIM905
 )
+ATTENTION = "torch.nn.functional.scaled_dot_product_attention"
 _ABSENT = object()
 
 
@@ -59,6 +62,8 @@ class Flags:
 
     def read(self, module: torch.nn.Module, path: str, frame: FrameType) -> None:
         """Python code reads module.training."""
+        if module.__dict__["training"] is not self.training:
+            return  # a part that is in the other mode already (frozen layers) stays as it is
         code = frame.f_code
         if code.co_filename.startswith(_MODULES):  # torch's own layers: rules/training.py knows them in training mode
             if not self.training and not _indifferent(module):
@@ -178,10 +183,43 @@ def _evaluate(code: Any, frame: FrameType) -> Any:
         return _ABSENT
 
 
+def doubtful(rec: Recording, handed: set[tuple[str, str]]) -> Source | None:
+    """The first op whose training flag is guessed from its source line, though no code around it reads one.
+
+    handed: functions of the user's program seen to give the flag to a torch function.
+    """
+    if not rec.training:
+        return None
+    stack = [""]
+    for e in rec.events:
+        if isinstance(e, Enter):
+            stack.append(stack[-1] if e.recompute else e.cls)
+        elif isinstance(e, Exit):
+            stack.pop()
+        elif isinstance(e, RecordedOp) and (e.fn in KNOWN or e.fn == ATTENTION) and not stack[-1].startswith("torch.nn."):
+            dropped = e.fn in KNOWN or (e.args[4] if len(e.args) > 4 else e.kwargs.get("dropout_p", 0.0)) != 0.0
+            if dropped and (e.src.file, e.src.function) not in handed and _depends(e):
+                return e.src
+    return None
+
+
+def _depends(e: RecordedOp) -> bool:
+    from autopar.rules.training import at_run_time  # NB: here, because all of rules comes with it
+
+    args, kwargs = at_run_time(e)  # type: ignore[arg-type]
+    return args is not e.args or kwargs is not e.kwargs
+
+
+def refuse(rec: Recording, src: Source) -> Recording:
+    """The recording for its own mode only."""
+    other = "eval" if rec.training else "training"
+    note = f"{src}: `{src.text}`: {other} mode takes another path; generated code refuses that mode"
+    return replace(rec, branch=src, warnings=(*rec.warnings, note))
+
+
 @contextlib.contextmanager
 def watched(tracer: Any) -> Iterator[None]:
     """While active every read of a module's training flag is noted by tracer.read_flag(module, frame)."""
-    import sys
 
     def get(self: torch.nn.Module) -> bool:
         try:

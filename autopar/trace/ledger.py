@@ -284,7 +284,9 @@ class Ledger:
         self._scopes.append({})
 
     def exit(self, out: Any = None) -> None:
-        self.events.append(Exit(tuple(map(self._known_id, tensors_in(out))) if out is not None else ()))
+        ids = tuple(map(self._known_id, tensors_in(out))) if out is not None else ()
+        names = self.sources.where(2)[1] if ids else ()
+        self.events.append(Exit(ids, names if len(names) == len(ids) else ()))
         self.modules.pop()
         self._scopes.pop()
 

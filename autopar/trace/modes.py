@@ -15,41 +15,17 @@ from dataclasses import replace
 from typing import Any
 
 from autopar.ir.codec import tensor_digest
-from autopar.ir.graph import Context, Global, Ref, Source, Struct, map_refs, refs
+from autopar.ir.graph import Context, Ref, Source, Struct, map_refs, refs
 from autopar.rules.training import FLAGS, STATISTICS, at_run_time, settle
 from autopar.trace.build import NORMS, is_random, short_name
-from autopar.trace.flags import Read
+from autopar.trace.flags import Read, refuse
 from autopar.trace.recording import Enter, Exit, RecordedGuard, RecordedOp, RecordedValue, Recording
+from autopar.trace.trees import OPAQUE
 
 SELECT = "autopar:select_training"
-OPAQUE = Global("autopar:opaque")  # an object in the output that generated code cannot make
 DROPOUTS = frozenset(n for n in FLAGS if "dropout" in n)
 # Arguments of batch_norm and instance_norm that only matter in training: position and name
 MOMENTUM = {"batch_norm": (6, "momentum"), "instance_norm": (6, "momentum")}
-
-
-def doubtful(rec: Recording, handed: set[tuple[str, str]]) -> Source | None:
-    """The first op whose training flag is guessed from its source line, though no code around it reads one.
-
-    handed: functions of the user's program seen to give the flag to a torch function.
-    """
-    if not rec.training:
-        return None
-    stack = [""]
-    for e in rec.events:
-        if isinstance(e, Enter):
-            stack.append(stack[-1] if e.recompute else e.cls)
-        elif isinstance(e, Exit):
-            stack.pop()
-        elif isinstance(e, RecordedOp) and (e.fn.rpartition(".")[2] in DROPOUTS or e.fn.endswith(".scaled_dot_product_attention")):
-            if not stack[-1].startswith("torch.nn.") and (e.src.file, e.src.function) not in handed and _depends(e):
-                return e.src
-    return None
-
-
-def _depends(e: RecordedOp) -> bool:
-    args, kwargs = at_run_time(e)  # type: ignore[arg-type]
-    return args is not e.args or kwargs is not e.kwargs
 
 
 def merge(rec: Recording, other: Recording, reads: list[Read]) -> Recording:
@@ -64,13 +40,6 @@ def merge(rec: Recording, other: Recording, reads: list[Read]) -> Recording:
     return _Merged(rec, numbers, wanted, reads).result()
 
 
-def refuse(rec: Recording, src: Source) -> Recording:
-    """The recording for its own mode only."""
-    other = "eval" if rec.training else "training"
-    note = f"{src}: `{src.text}`: {other} mode takes another path; generated code refuses that mode"
-    return replace(rec, branch=src, warnings=(*rec.warnings, note))
-
-
 class _Numbered:
     """Value numbers of one recording."""
 
@@ -80,6 +49,9 @@ class _Numbered:
         self.effects: list[int] = []
         self.guards: set[Any] = set()
         self.exits: dict[tuple[str, int], tuple[int | None, ...]] = {}  # (module path, nth call) -> numbers of what it returned
+        self.enters: dict[tuple[str, int], dict[str, int]] = {}  # and of what it was given, by name
+        self.lines: dict[Any, list[int]] = {}  # call, line, function and how manieth there -> numbers of what the op was given
+        self.seen: Counter[Any] = Counter()
         self.path: list[tuple[str, int]] = []
         self.calls: Counter[str] = Counter()
         self.draws: Counter[Any] = Counter()
@@ -98,11 +70,13 @@ class _Numbered:
     def run(self) -> None:
         for e in self.rec.events:
             if isinstance(e, RecordedOp):
+                self.lines[self.place(e)] = [self.of[r.id] for r in refs((e.args, e.kwargs))]
                 self.op(e)
             elif isinstance(e, RecordedGuard):
                 self.guards.add((self.freeze(e.value), e.read, repr(e.expected)))
             elif isinstance(e, Enter):
                 self.enter(e)
+                self.enters[self.path[-1]] = {n: self.of[v] for v, n in e.inputs if v in self.of}
             else:
                 self.exits[self.path.pop()] = tuple(None if v is None else self.of.get(v) for v in e.out)
 
@@ -110,6 +84,12 @@ class _Numbered:
         path = e.path if not e.recompute else f"{e.path} "  # no module: its exit returns nothing
         self.path.append((path, self.calls[path]))
         self.calls[path] += 1
+
+    def place(self, e: RecordedOp) -> Any:
+        """What the same line of the program has in common in both modes."""
+        key = (self.path[-1], e.src.file, e.src.line, e.fn)
+        self.seen[key] += 1
+        return (*key, self.seen[key])
 
     def freeze(self, tree: Any) -> Any:
         """A hashable image of a tree with numbers for its values."""
@@ -194,7 +174,7 @@ class _Merged(_Numbered):
         rec, wanted = self.rec, self.wanted
         for e in rec.events:
             if isinstance(e, RecordedOp):
-                e = replace(e, args=self.now(e.args), kwargs=self.now(e.kwargs)) if self.chosen else e
+                e = self.given(replace(e, args=self.now(e.args), kwargs=self.now(e.kwargs)) if self.chosen else e)
                 if any(rec.values[old].storage in self.memories for old, _ in e.writes):
                     return refuse(rec, self.source(""))  # the choice would have to be an alias of both
                 self.last = e.ctx
@@ -203,8 +183,7 @@ class _Merged(_Numbered):
                 e = replace(e, value=self.now(e.value)) if self.chosen else e
                 self.guards.add((self.freeze(e.value), e.read, repr(e.expected)))
             elif isinstance(e, Enter):
-                e = replace(e, inputs=tuple((self.chosen.get(v, v), n) for v, n in e.inputs)) if self.chosen else e
-                self.enter(e)
+                e = self.called(e)
             else:
                 e = self.exit(e)
             self.events.append(e)
@@ -240,6 +219,24 @@ class _Merged(_Numbered):
         for v in (*(r.id for r in refs(e.out)), *(new for _, new in e.writes)):
             if self.values[v].kind == "tensor":
                 self.held[self.of[v]] = v
+
+    def called(self, e: Enter) -> Enter:
+        """Choose where the module is given something else in the other mode."""
+        above = self.path[-1][0] if self.path else ""
+        self.enter(e)
+        wanted = self.wanted.enters.get(self.path[-1], {})
+        inputs = [(self.chosen.get(v, v), n) for v, n in e.inputs]
+        return replace(e, inputs=tuple((self.choose(v, wanted[n], above) if n in wanted else v, n) for v, n in inputs))
+
+    def given(self, e: RecordedOp) -> RecordedOp:
+        """Choose where an op is given something else in the other mode."""
+        ids = [r.id for r in refs((e.args, e.kwargs))]
+        wanted = self.wanted.lines.get(self.place(e), ())
+        if len(ids) != len(wanted) or all(self.of[v] == n for v, n in zip(ids, wanted, strict=True)):
+            return e
+        for v, n in zip(ids, wanted, strict=True):
+            self.choose(v, n, self.path[-1][0])
+        return replace(e, args=self.now(e.args), kwargs=self.now(e.kwargs))
 
     def exit(self, e: Exit) -> Exit:
         """Choose where the module returns something else in the other mode."""

@@ -15,8 +15,8 @@ import torch
 from autopar.config import TRACE_STRATEGIES
 from autopar.errors import ConfigError, TraceError, suggest
 from autopar.ir.graph import Argument, Ref, Tensor, refs
-from autopar.trace import modes, trees
-from autopar.trace.flags import Read
+from autopar.trace import trees
+from autopar.trace.flags import Read, doubtful, refuse
 from autopar.trace.ledger import ValueReadError
 from autopar.trace.names import qualified
 from autopar.trace.patches import Watch, patched
@@ -73,12 +73,14 @@ def _in_both_modes(run: _Run) -> Recording:
     recording = run.result()
     flags = run.tracer.flags
     if flags.certain is not None:
-        return modes.refuse(recording, flags.certain.source)
+        return refuse(recording, flags.certain.source)
     reads = flags.reads
-    if not reads and (guess := modes.doubtful(recording, flags.handed)) is not None:
+    if not reads and (guess := doubtful(recording, flags.handed)) is not None:
         reads = [Read("", guess)]
     if not reads:
         return recording
+    from autopar.trace import modes  # NB: here, because all of rules comes with it
+
     module, mode = run.module, "eval" if recording.training else "training"
     before = [(m, m.training) for m in module.modules()]
     other = _Run(module, run.params, run.given, pick(run.strategy.name, module), run.fold, lenient=True)
@@ -88,7 +90,7 @@ def _in_both_modes(run: _Run) -> Recording:
         found = other.result()
     except Exception as e:
         log.info("the model cannot be traced in %s mode: %s", mode, e)
-        return modes.refuse(recording, reads[0].source)
+        return refuse(recording, reads[0].source)
     finally:
         for m, training in before:
             m.training = training
@@ -239,7 +241,7 @@ class _Run:
 
     def _output(self, tracer: Tracer, out: Any) -> Any:
         if self.lenient:
-            return trees.encode_what_can(out, tracer._leaf, modes.OPAQUE)
+            return trees.encode_what_can(out, tracer._leaf)
         return trees.encode(out, tracer._leaf, "the result of forward")
 
     def _buffers_set(self, tracer: Tracer, buffers: dict[str, tuple[dict[str, Any], str, torch.Tensor]]) -> tuple[tuple[str, int], ...]:

@@ -60,6 +60,7 @@ class Enter:
 @dataclass
 class Exit:
     out: tuple[int | None, ...] = ()  # ids of the tensors that the module returned; None for one that is no value
+    names: tuple[str, ...] = ()  # what the caller calls them, where it says; as many as out
 
 
 @dataclass

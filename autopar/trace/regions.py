@@ -58,6 +58,7 @@ class Region:
     content: list[Any] = field(default_factory=list)  # Item | Region
     named: bool = True  # stands for a module call
     names: dict[int, str] = field(default_factory=dict)  # value -> what the module's forward calls it
+    results: dict[int, str] = field(default_factory=dict)  # value -> what the caller calls it
     size: int = 0  # items inside, at any depth
     outer: str = ""  # path of the enclosing module
     block: bool = False
@@ -117,7 +118,7 @@ def tidy(region: Region) -> None:
     region.content, region.size = content, size
     while len(region.content) == 1 and isinstance(only := region.content[0], Region):
         if region.recompute and not region.named and only.named:
-            region.path, region.cls, region.named, region.names = only.path, only.cls, True, only.names
+            region.path, region.cls, region.named, region.names, region.results = only.path, only.cls, True, only.names, only.results
         elif not (only.recompute and not only.named and region.path):
             break
         region.recompute, region.content = True, only.content

@@ -22,6 +22,7 @@ _SITE = sysconfig.get_paths()["purelib"] + os.sep
 
 _TARGETS = re.compile(r"((?:self\.)?[A-Za-z_][\w.]*(?:\s*,\s*[A-Za-z_]\w*)*)\s*(?::[^=()]*)?=\s*\(*\s*$")
 _AUGMENTED = re.compile(r"\s*(?:self\.)?([A-Za-z_]\w*)\s*(?:\*\*|//|>>|<<|[-+*/@|&^%])=")
+_COMPOUND = re.compile(r"\s*(?:for|while|if|elif|else|with|try)\b.*:\s*(?=[A-Za-z_])")  # `for layer in layers: x = layer(x)`
 _REST = re.compile(r"[\s)]*(?:,\s*)?(?:#.*)?$")
 
 NOWHERE = Source("?", 0, "?", "")
@@ -80,5 +81,5 @@ def _hints(before: str, text: str, after: str) -> tuple[str, ...]:
     if not before.strip():
         m = _AUGMENTED.match(text)
         return (m.group(1),) if m else ()
-    m = _TARGETS.search(before)
+    m = _TARGETS.search(_COMPOUND.sub("", before, count=1))
     return tuple(n.strip().rpartition(".")[2] for n in m.group(1).split(",")) if m else ()

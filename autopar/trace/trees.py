@@ -22,6 +22,7 @@ from autopar.trace.names import import_name, qualified
 LITERALS = frozenset(
     (type(None), bool, int, float, complex, str, type(Ellipsis), torch.dtype, torch.device, torch.layout, torch.memory_format, Global)
 )
+OPAQUE = Global("autopar:opaque")  # an object that generated code cannot make
 MISSING = inspect.Parameter.empty
 
 
@@ -68,17 +69,17 @@ def encode(x: Any, leaf: Callable[[Any], Any], what: str) -> Any:
     )
 
 
-def encode_what_can(x: Any, leaf: Callable[[Any], Any], instead: Any) -> Any:
-    """The tree of x with `instead` for every part that has none."""
+def encode_what_can(x: Any, leaf: Callable[[Any], Any]) -> Any:
+    """The tree of x with OPAQUE for every part that has none."""
     try:
         return encode(x, leaf, "the result")
     except TraceError:
         if type(x) in (tuple, list):
-            return type(x)([encode_what_can(v, leaf, instead) for v in x])
+            return type(x)([encode_what_can(v, leaf) for v in x])
         if isinstance(x, Mapping) and all(isinstance(k, str) for k in x):
-            items = {k: encode_what_can(v, leaf, instead) for k, v in x.items()}
+            items = {k: encode_what_can(v, leaf) for k, v in x.items()}
             return items if type(x) is dict else Struct(import_name(type(x)), tuple(items), tuple(items.values()))
-        return instead
+        return OPAQUE
 
 
 def _key(k: Any, what: str) -> Any:
