@@ -111,7 +111,7 @@ COMPILE = {
 def test_rank_0_fails_to_compile(case, tmp_path):
     """Rank 0 raises its own error, the others one that quotes it with its line; nobody waits for anybody."""
     cls, policy, own, text = COMPILE[case]
-    got = run_processes(failing(lambda rank: parallelize(tmp_path, cls(), policy, n=3), limit=10), 3, connect=False)
+    got = run_processes(failing(lambda rank: parallelize(tmp_path, cls(), policy, n=3)), 3, connect=False)
     assert got[0][0] == own and text in got[0][1]
     for kind, message in got[1:]:
         assert kind == "LayoutError" and message.startswith("rank 0 failed to compile: ") and text in message and ".py:" in message
@@ -121,7 +121,7 @@ def test_a_module_that_cannot_be_built(tmp_path):
     def build():
         raise KeyError("no such size")
 
-    run = failing(lambda rank: autopar.parallelize(Net, {"x": X}, "tp", {"plan_ngpus": 2}, gen_savedir=tmp_path, module_fn=build), limit=10)
+    run = failing(lambda rank: autopar.parallelize(Net, {"x": X}, "tp", {"plan_ngpus": 2}, gen_savedir=tmp_path, module_fn=build))
     (kind, _), (other, text) = run_processes(run, 2, connect=False)
     assert kind == "KeyError" and other == "LayoutError" and "rank 0 failed to compile: KeyError: 'no such size'" in text
 
@@ -130,12 +130,12 @@ def test_rank_0_takes_too_long(tmp_path):
     """The others end at the time limit; rank 0 ends with the same words when it is done."""
 
     def slow(graph, config):
-        time.sleep(2.5)
+        time.sleep(4)
         return autopar.Plan(autopar.Mesh((("tp", 3),)))
 
-    run = failing(lambda rank: parallelize(tmp_path, policy=slow, n=3, timeout=1.0), limit=8)
-    for kind, text in run_processes(run, 3, connect=False):
-        assert kind == "LayoutError" and text == "rank 0 did not compile within 1 s"
+    run = failing(lambda rank: parallelize(tmp_path, policy=slow, n=3, timeout=2.0))
+    for kind, text in run_processes(run, 3):
+        assert kind == "LayoutError" and text == "rank 0 did not compile within 2 s"
 
 
 LOAD = {
@@ -151,7 +151,7 @@ def test_one_rank_lacks_a_file(file, tmp_path):
     folder = compile(tmp_path)
     other = Path(shutil.copytree(folder, tmp_path / "other"))
     (other / file).unlink()
-    run = failing(lambda rank: load(other if rank == 1 else folder, timeout=20), limit=10)
+    run = failing(lambda rank: load(other if rank == 1 else folder, timeout=20))
     got = run_processes(run, 2, connect=False)
     assert got[1][0] == "SavedirError" and LOAD[file] in got[1][1]
     assert got[0][0] == "LayoutError" and got[0][1].startswith("rank 1 failed to read the generated code: ") and LOAD[file] in got[0][1]
@@ -165,7 +165,7 @@ def test_one_rank_has_other_weights(tmp_path):
     other = Path(shutil.copytree(folder, tmp_path / "other"))
     values = load_file(other / "weights.safetensors")
     save_file({**values, "up.weight": values["up.weight"].flatten().view(8, 16).clone()}, other / "weights.safetensors")
-    got = run_processes(failing(lambda rank: load(other if rank == 1 else folder, timeout=20), limit=10), 2, connect=False)
+    got = run_processes(failing(lambda rank: load(other if rank == 1 else folder, timeout=20)), 2, connect=False)
     assert got[0][0] == "LayoutError" and "rank 1 failed to load: " in got[0][1] and "up.weight" in got[0][1] + got[1][1]
     assert got[1][0] in ("LayoutError", "SavedirError")
 
