@@ -14,6 +14,7 @@ from autopar.ir.mesh import Mesh
 from autopar.pas.plan import Plan
 from autopar.runtime.groups import rank_mesh
 from autopar.runtime.inproc import run_ranks
+from autopar.runtime.mixed import mixed_precision
 from autopar.runtime.optimizer import build_optimizer
 from tests.procs import run_processes
 from tests.training import Layout, batches, close, original, train_plain, train_rank, whole_to_local, zero_config
@@ -48,6 +49,7 @@ OPTIMIZERS = {
     "amsgrad": (torch.optim.Adam, dict(lr=1e-2, amsgrad=True), None),
     "rmsprop": (torch.optim.RMSprop, dict(lr=1e-2, momentum=0.5, centered=True), None),
     "adagrad": (torch.optim.Adagrad, dict(lr=1e-1), no_decay),
+    "fused": (torch.optim.AdamW, dict(lr=1e-2, fused=True), no_decay),
     "function": (lambda groups, rate: torch.optim.NAdam(groups, lr=rate), dict(rate=1e-2), None),
 }
 SCHEDULES = {
@@ -174,6 +176,7 @@ WHOLE = {
     "Muon": (torch.optim.Muon, {}),
     "LBFGS": (torch.optim.LBFGS, {}),
     "Lamb": (None, {}),
+    "mixed Muon": (mixed_precision(torch.optim.Muon), {}),
 }
 
 
@@ -200,7 +203,7 @@ def test_not_elementwise(name, why):
     def fn(mesh, rank):
         build_optimizer(at.load(mesh), make, config)
 
-    text = rf"{name} cannot update .*needs the parameter whole, and .*{why}.*Found by trying.*(dp|use_zero=False)"
+    text = rf"{name.split()[-1]} cannot update .*needs the parameter whole, and .*{why}.*Found by trying.*(dp|use_zero=False)"
     with pytest.raises(ConfigError, match=text):
         run_ranks(at.mesh, fn, units=at.units)
 

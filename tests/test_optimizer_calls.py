@@ -68,6 +68,15 @@ def test_backward_after_the_sum(before):
     o.step()
 
 
+def test_unfrozen_too_late():
+    model = one_rank()
+    o = build_optimizer(model, torch.optim.SGD, lr=0.1)
+    model.requires_grad_(True)
+    loss_of(model).backward()
+    with pytest.raises(LayoutError, match=r"frozen\.weight has a gradient, but was frozen when the optimizer was built"):
+        o.step()
+
+
 def test_gradients_are_summed_once():
     """Also where train_step has asked for it already."""
     at = layout("tied", "tp2x2")

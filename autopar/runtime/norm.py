@@ -40,17 +40,18 @@ class GradNorm:
     @torch.no_grad()
     def norm(self) -> Tensor:
         """The 2-norm of the gradient of the whole model, the same on every rank, in float32 (float64 if there are such parameters)."""
-        # NB: squares are added in float64: of one number per parameter, and what float32 holds does not overflow there.
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        weights = []
+        weights: list[float] = []
         norms: list[Tensor] = []
         for group in _alike(self.params, self.copies):
             grads = [p.grad for p, _ in group]
             weights += [1.0 / n for _, n in group]
             wide = torch.float32 if grads[0].dtype.itemsize < 4 else None
-            norms += [n.to(self.device, torch.float64) for n in torch._foreach_norm(grads, 2.0, wide)]
+            # NB: squares are added in float64: of one number per parameter, and what float32 holds does not overflow there.
+            norms.append(torch.stack(torch._foreach_norm(grads, 2.0, wide)).to(self.device, torch.float64))
         if norms:
-            total += (torch.stack(norms).square() * self._on_device(weights)).sum()
+            total = torch.dot(torch.cat(norms).square(), self._on_device(weights))
+        else:
+            total = torch.zeros((), dtype=torch.float64, device=self.device)
         out = self.world.all_reduce_(total).sqrt()
         return out if any(p.dtype == torch.float64 for p in self.params) else out.float()
 

@@ -5,6 +5,7 @@ Must not know how gradients are summed (reducer.py) nor how a norm is made (norm
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -113,6 +114,8 @@ class ParallelOptimizer(Wrapper):
         self._norm = GradNorm(updated, [copies[n] for n in names], names, world, device)
         self._other = torch.zeros((), device=device)  # stands for the gradients of other ranks; see _groups_to_unscale
         reducer.forget = optimizer.zero_grad
+        known = {id(i.param) for i in reducer.items}
+        self._left_out = [(n, p) for n, p in module.named_parameters() if id(p) not in known]
         for m in module.modules():
             if m is module or isinstance(m, ParallelModule):
                 m._grad_reducer = reducer
@@ -134,6 +137,9 @@ class ParallelOptimizer(Wrapper):
         if not self.reducer.summed:
             if not self.reducer.seen and all(i.param.grad is None for i in self.reducer.items):
                 raise LayoutError("no parameter has a gradient: call backward() on the loss before the optimizer's step")
+            late = [n for n, p in self._left_out if p.grad is not None]
+            if late:
+                raise LayoutError(f"{late[0]} has a gradient, but was frozen when the optimizer was built; unfreeze it before that")
             self.reducer.reduce()
         if isinstance(self.optimizer, MixedPrecision):
             self.optimizer.collect()
@@ -280,13 +286,19 @@ def _check_elementwise(make: Any, config: ComputeConfig, items: Any, shapes: Any
             tried.append((mine, why))
         if why is None:
             continue
-        name = getattr(make, "__name__", repr(make))
+        name = _name(make)
         where = "the plan shards it" if cut else "use_zero cuts it into pieces"
         instead = "a plan that keeps parameters whole (dp)" if cut else "use_zero=False"
         raise ConfigError(
             f"{name} cannot update {i.name}: it needs the parameter whole, and {where}. Found by trying: {why}. "
             f"Use an optimizer that treats every entry by itself (AdamW, SGD, ...), or {instead}"
         )
+
+
+def _name(make: Any) -> str:
+    if isinstance(make, partial):
+        return _name(make.args[0]) if make.func is MixedPrecision else _name(make.func)
+    return getattr(make, "__name__", None) or repr(make)
 
 
 def _check_parameters(optimizer: Any, pieces: tuple[Piece, ...]) -> None:
