@@ -47,9 +47,9 @@ SETUPS = {
     "data2": Setup("data", 2),
     "tp2x2": Setup("tp", 2, 2),
     "mesh2x2": Setup(MESH, 4),
-    "zero1": Setup(units=2, zero={"use_zero": 1}),
+    "zero1_groups": Setup(units=4, zero={"use_zero": 1, "zero_ngroups": 2}),
     "zero1_tp2x2": Setup("tp", 2, 2, {"use_zero": 1, "zero_use_reduce_scatter": True}),
-    "zero3": Setup(units=2, zero={"use_zero": 3}),
+    "zero3_tp2x2": Setup("tp", 2, 2, {"use_zero": 3}),
 }
 
 

@@ -9,6 +9,7 @@ import json
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from small_models import MLP, Attention
 from state_models import Mixed, batch, lm
@@ -229,10 +230,14 @@ def from_checkpoint(code, folder):
 
 
 @pytest.mark.procs
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_weights_of_a_checkpoint(code, tmp_path):
     torch.manual_seed(7)
     module = lm()
     autopar.save_checkpoint(tmp_path / "c", module)
+    plain = {"model": {n: torch.zeros_like(t) for n, t in module.state_dict().items() if n != "head.weight"}}
+    dcp.load(plain, checkpoint_id=tmp_path / "c", no_dist=True)
+    assert all(torch.equal(t, module.state_dict()[n]) for n, t in plain["model"].items()), "DCP reads it without autopar"
     got = run_processes(lambda rank: from_checkpoint(code, tmp_path / "c"), 2)
     assert all(torch.equal(t, module.state_dict()[n]) for n, t in autopar.merge_state_dicts(got)[0].items())
 

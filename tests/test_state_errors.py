@@ -274,13 +274,13 @@ def test_killed_saves(tmp_path):
     start = time.monotonic()
     save_for_ever_once(folder)
     usual = time.monotonic() - start
-    for delay in range(24):
+    for delay in range(12):
         pid = os.fork()
         if pid == 0:
             torch.set_num_threads(1)
             save_for_ever(folder, last + 1)
             os._exit(1)
-        time.sleep(usual * (0.5 + 0.3 * delay))
+        time.sleep(usual * (0.4 + 0.25 * delay))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         module, optimizer = trained()

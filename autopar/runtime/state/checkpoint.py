@@ -102,23 +102,24 @@ def _collect(module: nn.Module, optimizer: Any, extra: Any, rank: int) -> planne
             like, scalars[h.name] = split_state(h)
             tensors |= {f"{STATE}{h.name}.{key}": (h.layout, t) for key, t in like.items()}
         objects[f"optimizer.{rank}"] = {"groups": groups(optimizer, mine, module), "scalars": scalars}
+        _check_loadable("the options of the optimizer's groups", objects[f"optimizer.{rank}"]["groups"])
     if rank == 0:
         objects["extra"] = extra
         objects["module"] = {"names": {e.name: list(e.names) for e in mine.values()}, "params": [e.name for e in mine.values() if e.param]}
-        _check_loadable(extra)
+        _check_loadable("`extra`", extra)
     return planner.SavePlanner(tensors, objects)
 
 
-def _check_loadable(extra: Any) -> None:
+def _check_loadable(what: str, value: Any) -> None:
     written = io.BytesIO()
     try:
-        torch.save(extra, written)
+        torch.save(value, written)
         written.seek(0)
         torch.load(written, weights_only=True)
     except Exception as e:  # NB: whatever pickling raises
         reason = str(e).splitlines()[0][:200]
         raise CheckpointError(
-            f"`extra` cannot be loaded again without running code ({reason}); give numbers, texts, tensors, and lists and dicts of them"
+            f"{what} cannot be loaded again without running code ({reason}); give numbers, texts, tensors, and lists and dicts of them"
         ) from e
 
 
