@@ -4,7 +4,9 @@ Must not know generated code."""
 from __future__ import annotations
 
 import copy
+import gc
 import random
+import weakref
 
 import pytest
 import torch
@@ -152,6 +154,27 @@ def test_peak_memory_is_one_submodule(monkeypatch):
     assert sum(sizes.values()) == 8 * (64 * 64 + 64) * 4 and peak <= (64 * 64 + 64) * 4
 
 
+def test_a_rank_keeps_only_its_slices(monkeypatch, tmp_path):
+    """Each whole tensor is gone when the next one comes, without waiting for the garbage collector."""
+    held, collecting = [], gc.isenabled()
+
+    def watching(module, keep, names):
+        def watch(name, whole):
+            assert all(ref() is None for ref in held), f"held when {name} comes"
+            held.append(weakref.ref(whole))
+            keep(name, whole)
+
+        materialise(module, watch, names)
+
+    monkeypatch.setattr("autopar.runtime.initial.materialise", watching)
+    gc.disable()
+    try:
+        parallelize(on_meta(Stack), {"x": torch.ones(2, 64)}, "dp", gen_savedir=tmp_path)
+    finally:
+        gc.enable() if collecting else None
+    assert len(held) == 16
+
+
 class Reads(nn.Module):
     """Its initialisation looks at numbers."""
 
@@ -207,9 +230,11 @@ def holds(local, want):
             assert torch.equal(tensors(local)[name], mine), name
 
 
+PLANS = [("dp", 1, 2), ("tp", 2, 2), ("tp", 2, 4), ("data", 2, 2), ("tp", 4, 4)]
+
+
 @pytest.mark.procs
-@pytest.mark.parametrize("policy,n,world", [("dp", 1, 2), ("tp", 2, 2), ("tp", 2, 4), ("data", 2, 2), ("tp", 4, 4)])
-@pytest.mark.parametrize("kind", ["object", "class", "seeds"])
+@pytest.mark.parametrize("policy,n,world,kind", [*((*p, "object") for p in PLANS), ("tp", 2, 2, "class"), ("tp", 2, 4, "seeds")])
 def test_every_plan_starts_from_the_same_numbers(policy, n, world, kind, tmp_path, imported):
     want, more = reference(Custom), nn.Linear(3, 3).weight
 

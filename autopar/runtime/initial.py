@@ -105,11 +105,14 @@ def _initialised(original: nn.Module, places: Mapping[str, Placement], module: P
     pieces: Pieces = {}
 
     def keep(name: str, whole: Tensor) -> None:
+        held = [whole]
+
         def read(slices: Slices) -> Tensor:
-            pieces[name, key(slices)] = whole[slices].clone()
+            pieces[name, key(slices)] = held[0][slices].clone()
             return pieces[name, key(slices)]
 
         places[name].shard(module.mesh, read)
+        held.clear()  # NB: shard's recursive function is a circle of references, which would keep the whole until the next collection
 
     own, own_others = torch.get_rng_state(), _other_generators()
     torch.set_rng_state(drawn)
