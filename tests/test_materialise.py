@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
+import autopar
 import autopar.runtime.materialise as engine
 from autopar import ComputeConfig, parallelize
 from autopar.errors import AutoparError, LayoutError, SavedirError
@@ -339,6 +340,22 @@ def test_left_to_be_loaded(tmp_path, imported):
     assert local.gain.isnan().all() and torch.equal(local.inverse, want.inverse)
     local.load_state_dict(want.state_dict())
     assert torch.equal(local(**IDS), want(**IDS))
+
+
+@pytest.mark.procs
+def test_from_a_checkpoint_of_another_plan(tmp_path, imported):
+    want = reference(Custom)
+
+    def run(rank):
+        config = ComputeConfig(plan_ngpus=2)
+        saved = parallelize(want, IDS, "tp", config, gen_savedir=tmp_path / "a")
+        autopar.save_checkpoint(tmp_path / "checkpoint", saved)
+        local = parallelize(on_meta(Custom), IDS, "data", config, gen_savedir=tmp_path / "b", init_module_params=False)
+        autopar.load_checkpoint(tmp_path / "checkpoint", local)
+        holds(local, want)
+        close(local(**IDS), want(**IDS))
+
+    run_processes(run, 2)
 
 
 def test_a_real_module_after_one_on_meta(tmp_path):

@@ -209,6 +209,34 @@ def test_parallel_modules_inside_an_ordinary_one(n, units, tmp_path):
     assert all(run_processes(run, n * units))
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, {"use_zero": True}, {"use_zero": 3}, {"use_async_reducer": True, "reducer_bucket_cap_mb": 0.001}], ids=str
+)
+def test_one_optimizer_for_parallel_and_ordinary_parts(settings, tmp_path):
+    ids = torch.arange(8).reshape(2, 4)
+
+    def run(rank):
+        model = seeded(Mixed).train()
+        original = copy.deepcopy(model)
+        config = ComputeConfig(plan_ngpus=2, **settings)
+        for name in ("first", "second", "again"):
+            setattr(model, name, parallelize(getattr(model, name), X, "tp", config, gen_savedir=tmp_path))
+        ours = autopar.build_optimizer(model, torch.optim.AdamW, config, lr=0.01)
+        plain = torch.optim.AdamW(original.parameters(), lr=0.01)
+        for _ in range(4):
+            a, b = model(ids), original(ids)
+            close(a, b)
+            a.backward()
+            b.backward()
+            ours.scale_grads(1 / config.units)
+            close(ours.clip_gnorm(0.5), nn.utils.clip_grad_norm_(original.parameters(), 0.5))
+            for optimizer in (ours, plain):
+                optimizer.step()
+                optimizer.zero_grad()
+
+    run_processes(run, 4)
+
+
 def test_several_instances_of_a_class(tmp_path):
     """Each call of the class is one more instance; another size needs a name of its own."""
 
