@@ -112,7 +112,9 @@ def train_by_hand(module: nn.Module, units: int, steps: int, n: int, dummy_last:
 
 
 @pytest.mark.procs
-@pytest.mark.parametrize("settings", [{}, {"use_async_reducer": True, "reducer_bucket_cap_mb": 1e-4}, {"use_zero": 1}, {"use_zero": 3}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"use_async_reducer": True, "reducer_bucket_cap_mb": 1e-4}, {"use_zero": 1}, {"use_zero": 3}], ids=str
+)
 @pytest.mark.parametrize("mesh", ["dp2", "tp2 x 2"])
 def test_with_an_optimizer(mesh, settings):
     """Under gloo: the reducer of the optimizer sums once per step; the last batch of the last unit is a dummy."""

@@ -205,6 +205,7 @@ class Watch:
         self.step = self.agreed = 0
         self.kind, self.group, self.doing, self.inside = "train_step", (0, self.world - 1), "", False
         self.cause: str | None = None
+        self._told: tuple[str, int] | None = None  # the step that the cause was told of, if nothing has been given up for it yet
         self.failed: set[tuple[str, int]] = set()  # steps that this rank has failed in by itself
         self.pending: list[tuple[float, Fault]] = []
         self._seen = self._answered = 0
@@ -232,12 +233,14 @@ class Watch:
         """What to raise on this rank for an exception that a step ended with; the others are told."""
         if isinstance(e, StepError) and (e.everywhere or str(e) == self.cause):
             return e
-        if self.cause is not None:
-            return StepError(self.cause)
-        return self._lost_contact(e) if _is_contact_lost(e) else self._own(e)
+        if not _is_contact_lost(e):
+            return self._own(e)
+        return self._lost_contact(e) if self.cause is None else StepError(self.cause)
 
     def _own(self, e: BaseException) -> BaseException:
         self.failed.add((self.kind, self.step))
+        if self._told == (self.kind, self.step):
+            self.cause = self._told = None  # this rank fails as the other did, only later
         frames = traceback.extract_tb(e.__traceback__)
         where = f" (at {frames[-1].filename}:{frames[-1].lineno})" if frames else ""
         said = "".join(traceback.format_exception_only(type(e), e)).strip()
@@ -330,7 +333,7 @@ class Watch:
             if (fault.kind, fault.step) in self.failed or fault.step < self.agreed:
                 self.pending.remove((seen, fault))
             elif self.cause is None and time.monotonic() > seen + GRACE:
-                self.cause = fault.text
+                self.cause, self._told = fault.text, (fault.kind, fault.step)
                 _abort_nccl()
 
 
