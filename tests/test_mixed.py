@@ -232,7 +232,7 @@ def with_scaler(model, o, scaler, unit_batches, clip=None, units=1, norm=torch.n
 
 def run_scaled(at, dtype, clip, zero, mesh, rank):
     make = torch.optim.AdamW if dtype == torch.float64 else mixed_precision(torch.optim.AdamW)
-    settings = {} if dtype == torch.float64 else {"init_scale": 2.0**20}  # float16 overflows, steps are skipped
+    settings = {} if dtype == torch.float64 else {"init_scale": 2.0**17}  # float16 overflows, steps are skipped
     plain = original(at.name, dtype)
     per_unit = [batches(u) for u in range(at.units)]
     o = make(trained(plain), lr=1e-3)
@@ -263,7 +263,9 @@ def test_scaler(at, dtype, clip, zero):
     at = layout("tied", at, dtype)
     scales = run_ranks(at.mesh, lambda mesh, rank: run_scaled(at, dtype, clip, zero, mesh, rank), units=at.units)
     assert all(s == scales[0] for s in scales)
-    assert (min(scales[0]) < 2.0**20) if dtype == FP16 else (scales[0][-1] > 2.0**10)
+    pairs = list(zip([2.0**17 if dtype == FP16 else 2.0**10, *scales[0]], scales[0], strict=False))
+    assert any(b >= a for a, b in pairs), "some steps are made"
+    assert dtype != FP16 or any(b < a for a, b in pairs), "some are skipped"
 
 
 @pytest.mark.parametrize("zero", [0, 1])
