@@ -18,17 +18,17 @@ from autopar.runtime.mesh import RankMesh
 class Pending:
     """A collective under way. NB: its tensors may not be touched before wait() has returned."""
 
-    def __init__(self, work: dist.Work | None = None, then: Callable[[], object] | None = None):
-        self._work, self._then = work, then
+    def __init__(self, *works: dist.Work, then: Callable[[], object] | None = None):
+        self._works, self._then = works, then
 
     @property
     def done(self) -> bool:
         """Whether wait() would return at once."""
-        return self._work is None or self._work.is_completed()
+        return all(w.is_completed() for w in self._works)
 
     def wait(self) -> None:
-        work, then, self._work, self._then = self._work, self._then, None, None
-        if work is not None:
+        works, then, self._works, self._then = self._works, self._then, (), None
+        for work in works:
             axes.wait(work)
         if then is not None:
             then()
@@ -56,7 +56,13 @@ def all_gather(axis: Axis, out: Tensor, t: Tensor) -> Pending:
         return Pending()
     _note("all_gather", axis, t)
     if overlaps(axis, t.device):
-        return Pending(dist.all_gather_into_tensor(out, t, group=axis.comm.group, async_op=True))
+        group, parts = axis.comm.group, out.view(axis.size, -1)
+        if not axis.comm.staged:
+            return Pending(dist.all_gather_into_tensor(out, t, group=group, async_op=True))
+        # NB: gloo's own allocates and copies everything once more.
+        if parts[axis.rank].data_ptr() != t.data_ptr():
+            parts[axis.rank].copy_(t)
+        return Pending(*(dist.broadcast(part, group=group, group_src=src, async_op=True) for src, part in enumerate(parts.unbind())))
     axis.comm.all_gather_into(out.view(axis.size, -1), t)
     return Pending()
 
@@ -75,7 +81,7 @@ def reduce_scatter(axis: Axis, out: Tensor, t: Tensor) -> Pending:
     # NB: gloo's own is an all-reduce inside, and cannot be asked whether it is done.
     parts = t.new_empty((axis.size, out.numel()))
     work = dist.all_to_all_single(parts.view(-1), t, group=axis.comm.group, async_op=True)
-    return Pending(work, lambda: torch.sum(parts, 0, out=out))
+    return Pending(work, then=lambda: torch.sum(parts, 0, out=out))
 
 
 def _note(name: str, axis: Axis, t: Tensor) -> None:

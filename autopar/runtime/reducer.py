@@ -223,8 +223,11 @@ class GradReducer:
     @torch.no_grad()
     def reduce(self) -> None:
         """After the last backward of a step, on all ranks: sum what has not been summed yet, and put gradients on the pieces."""
-        for b in self.buckets[self._next :]:
-            self._launch(b)
+        for last, b in zip([None, None, *self.buckets], self.buckets, strict=False):
+            if b.state != "launched":
+                self._launch(b)
+            if last is not None:
+                self._receive(last)  # so that no more than two of those that leave now are under way
         totals = self._count_scattered()
         for b in self.buckets:
             self._receive(b)
