@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from autopar.config import ComputeConfig
 from autopar.driver import compile_to
 from autopar.runtime import launch
 from autopar.runtime.optimizer import build_optimizer
+from autopar.runtime.state import merge, weights
 from tests.procs import run_processes
 
 OPTIMIZERS = {
@@ -81,6 +83,7 @@ def mixed_states(code):
             optimizer = build_optimizer(module, make, ComputeConfig(plan_ngpus=2, runtime_ngpus=4, **zero), **options)
             train(module, optimizer, range(2), units=2)
             states = [copy.deepcopy(f(module, optimizer)) for f in (autopar.sharded_state_dict, autopar.deduped_state_dict)]
+            assert all(t.untyped_storage().nbytes() == t.nbytes for t in autopar.deduped_state_dict(module)["model"].values())
             train(module, optimizer, range(2, 4), units=2)
             end = autopar.sharded_state_dict(module, optimizer)
             # back into modules that have been trained otherwise
@@ -146,16 +149,29 @@ def test_merged_state_of_the_original_loads(code, tmp_path, zero):
     same(load_file(tmp_path / f"{bool(zero)}.safetensors"), want.state_dict())
 
 
+def counted(source, read):
+    def count(name, at):
+        t = source.read(name, at)
+        read.append(t.numel())
+        return t
+
+    return replace(source, read=count)
+
+
 def tied(code, folder, source):
     module = launch.load(code[0])
-    autopar.load_merged_state_dict(module, source)
+    with pytest.MonkeyPatch.context() as patch:
+        read = []
+        patch.setattr(merge, "source", lambda given: counted(weights.source(given), read))
+        autopar.load_merged_state_dict(module, source)
+    assert sum(read) == sum(p.numel() for p in module.parameters()), "each rank reads its own slices only"
     names = list(module.state_dict())
     autopar.save_weights(module, folder / "one.safetensors")
     return names, autopar.sharded_state_dict(module)
 
 
 @pytest.mark.procs
-def test_hugging_face_folders(code, tmp_path, monkeypatch):
+def test_hugging_face_folders(code, tmp_path):
     """Two files and an index, in another dtype; tied weights under one name. Only slices are read, and one file comes out."""
     want = {n: t.detach().bfloat16().contiguous() for n, t in lm().state_dict().items() if n != "head.weight"}
     folder = tmp_path / "hf"

@@ -293,7 +293,7 @@ def test_killed_saves(tmp_path):
             torn.add((aside / "autopar.json").exists())
             if not (aside / "autopar.json").exists():
                 refused(aside, "is no complete checkpoint: it has no autopar.json")
-    assert torn and last > -1
+    assert torn, "some saves were killed in the middle"
 
 
 def save_for_ever_once(folder):

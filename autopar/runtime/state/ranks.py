@@ -54,10 +54,15 @@ def deduped_state_dict(module: nn.Module, optimizer: Any = None) -> State:
     state = _collect(module, optimizer, "deduped")
     own = _owners(list(_keys(state)))
     rank = state["autopar"]["rank"]
-    state["model"] = {n: t for n, t in state["model"].items() if own[_model_key(state, n)] == rank}
+    # NB: torch.save writes the whole memory behind a view (of a bucket of ZeRO), of which the rest is another rank's to save.
+    state["model"] = {n: _alone(t) for n, t in state["model"].items() if own[_model_key(state, n)] == rank}
     if state["optimizer"] is not None:
         state["optimizer"]["state"] = [s for s in state["optimizer"]["state"] if own[_state_key(state, s)] == rank]
     return state
+
+
+def _alone(t: torch.Tensor) -> torch.Tensor:
+    return t if t.untyped_storage().nbytes() == t.numel() * t.itemsize else t.clone()
 
 
 def _collect(module: nn.Module, optimizer: Any, kind: str) -> State:
