@@ -87,6 +87,7 @@ def loss_of(model, args):
     return out["loss"] if isinstance(out, dict) else out
 
 
+@cache
 def train_alone(kind, policy, n, units, optimizer, steps, micro):
     """(gradients of the first step, parameters after the last) of the original model; units see different batches."""
     model = copy.deepcopy(compiled(kind, policy, n)[0])
