@@ -213,9 +213,9 @@ class _Merged(_Numbered):
             self.op(e, *settle(at_run_time(e), False))  # type: ignore[arg-type]
         else:
             self.op(e)
-        for old, _ in e.writes:
-            if self.held.get(self.of[old]) == old:
-                del self.held[self.of[old]]
+        if e.writes:  # NB: values that died before the write are not among its pairs, so all of the memory counts
+            memory = {self.values[old].storage for old, _ in e.writes}
+            self.held = {n: v for n, v in self.held.items() if self.values[v].storage not in memory}
         for v in (*(r.id for r in refs(e.out)), *(new for _, new in e.writes)):
             if self.values[v].kind == "tensor":
                 self.held[self.of[v]] = v
