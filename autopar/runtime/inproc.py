@@ -8,6 +8,7 @@ swapped with the baton, so that a rank computes what it would compute alone in a
 from __future__ import annotations
 
 import contextvars
+import os
 import random
 import sys
 import threading
@@ -308,6 +309,7 @@ def run_ranks(
         for r in world.ranks:
             # A rank that is stuck outside of a collective cannot be stopped; its thread is a daemon and ends at its next collective.
             r.thread.join(max(0.0, min(deadline - time.monotonic(), 5.0)) if world.error else 5.0)
+        _wait_for_the_end([r.thread for r in world.ranks if not r.thread.is_alive()])
     finally:
         if not world.over.is_set():  # the caller was interrupted
             world.fail(LayoutError("interrupted"))
@@ -315,6 +317,18 @@ def run_ranks(
     if world.error is not None:
         raise world.error
     return [r.result for r in world.ranks]
+
+
+def _wait_for_the_end(threads: list[threading.Thread], seconds: float = 1.0) -> None:
+    """Until the system has no such threads any more (Linux), which is a little after Python is done with them.
+
+    NB: a thread on its way out returns its buffers to MKL under a lock. A process forked in that moment (a worker of a data loader) has
+    the lock held by nobody, and hangs in its first matrix product.
+    """
+    until = time.monotonic() + seconds
+    for t in threads:
+        while os.path.exists(f"/proc/self/task/{t.native_id}") and time.monotonic() < until:
+            time.sleep(0.0005)
 
 
 def _others(world: World, me: int) -> str:
