@@ -135,3 +135,16 @@ def test_every_mutation_was_tried():
 def test_hundreds_of_lowered_programs_are_accepted(name):
     for seed, (graph, program) in enumerate(lowered(name, False, 60)):
         assert not errors(graph, program), f"seed {seed}"
+
+
+@pytest.mark.parametrize("name", ["mlp", "lm"])
+def test_a_constant_changed_on_one_rank_is_told_by_numbers(name):
+    """A Program is one for all ranks, so the checker cannot see it."""
+    from mutation_table import Subject, on_one_rank
+
+    subject, told = Subject(name), []
+    for seed, program in enumerate(subject.programs(4)):
+        good = subject.step(program)
+        assert not subject.differs(good, program)
+        told.append(on_one_rank(subject, program, good, Random(seed)))
+    assert False not in told and True in told
