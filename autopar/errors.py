@@ -1,10 +1,12 @@
-"""The errors a user can meet, and the helper that suggests the nearest valid name.
+"""The errors a user can meet, the helper that suggests the nearest valid name, and errors as one line.
 Knows nothing of any stage: every part of the package may import it."""
 
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
+from typing import Any
 
 
 class AutoparError(Exception):
@@ -63,3 +65,24 @@ def suggest(name: object, valid: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"{hint}Valid: {', '.join(names)}"
+
+
+def one_line(e: BaseException) -> str:
+    """An error as one line: its text, and for other than autopar's own its kind and the last line of user code."""
+    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+    text = "".join(line if i == 0 else f" {line}" if lines[i - 1].endswith(":") else f"; {line}" for i, line in enumerate(lines))
+    if isinstance(e, AutoparError):
+        return text
+    notes = "".join(f"; {n}" for n in getattr(e, "__notes__", ()))
+    return f"{type(e).__name__}: {text}{_place(e.__traceback__)}{notes}"
+
+
+def _place(tb: Any) -> str:
+    inside = os.path.dirname(os.path.abspath(__file__))
+    place = ""
+    while tb is not None:
+        file = tb.tb_frame.f_code.co_filename
+        if not file.startswith((inside, "<frozen")) and f"{os.sep}torch{os.sep}" not in file:
+            place = f" ({file}:{tb.tb_lineno})"
+        tb = tb.tb_next
+    return place

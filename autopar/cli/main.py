@@ -8,10 +8,10 @@ import argparse
 import importlib
 import os
 import sys
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from autopar import __version__
-from autopar.errors import AutoparError
+from autopar.errors import one_line
 
 MODULE = "the model: 'package.module:Name' or 'path/to/file.py:Name'; Name is a module class, a function that builds one, or an instance"
 EPILOG = """\
@@ -99,24 +99,3 @@ def main(argv: list[str] | None = None) -> int:
             raise
         sys.stderr.write(f"autopar: error: {one_line(e)}\n")
         return 2
-
-
-def one_line(e: BaseException) -> str:
-    """An error as one line: its text, and for other than autopar's own its kind and the last line of user code."""
-    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
-    text = "".join(line if i == 0 else f" {line}" if lines[i - 1].endswith(":") else f"; {line}" for i, line in enumerate(lines))
-    if isinstance(e, AutoparError):
-        return text
-    notes = "".join(f"; {n}" for n in getattr(e, "__notes__", ()))
-    return f"{type(e).__name__}: {text}{_place(e.__traceback__)}{notes}"
-
-
-def _place(tb: Any) -> str:
-    inside = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    place = ""
-    while tb is not None:
-        file = tb.tb_frame.f_code.co_filename
-        if not file.startswith((inside, "<frozen")) and f"{os.sep}torch{os.sep}" not in file:
-            place = f" ({file}:{tb.tb_lineno})"
-        tb = tb.tb_next
-    return place

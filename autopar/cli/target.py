@@ -4,23 +4,17 @@ Must not know what is done with them.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
-import os
-import sys
 from argparse import Namespace
 from collections.abc import Mapping
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
-from autopar.cli.main import one_line
+from autopar import importing
 from autopar.config import ComputeConfig
-from autopar.errors import AutoparError, ConfigError, suggest
+from autopar.errors import AutoparError, ConfigError, one_line, suggest
 from autopar.ir.mesh import Mesh
 from autopar.pas.plan import Plan
 from autopar.pas.policies import AXIS_POLICIES, get_policy, mesh_policy, policies
@@ -35,69 +29,7 @@ def find(text: str, what: str, home: str = "") -> Any:
     where = where if colon else home
     if not where or not name:
         raise ConfigError(f"{what} {text!r} is not of the form 'package.module:Name' or 'path/to/file.py:Name'")
-    found: Any = _import(where, f"{what} {text!r}")
-    for part in name.split("."):
-        if not hasattr(found, part):
-            own = [n for n in vars(found) if not n.startswith("_")] if hasattr(found, "__dict__") else []
-            kind = f"{where} was imported, but it" if found is sys.modules.get(getattr(found, "__name__", "")) else f"{where}:{found!r}"
-            raise ConfigError(f"{what} {text!r}: {kind} has no {part!r}: {_nearest(part, own)}")
-        found = getattr(found, part)
-    return found
-
-
-def _nearest(name: str, own: list[str]) -> str:
-    hint = suggest(name, own).partition("Valid:")[0].strip()
-    return hint or f"it has {', '.join(sorted(own)[:12]) or 'nothing'}"
-
-
-def _import(where: str, what: str) -> ModuleType:
-    if where.endswith(".py") or os.sep in where:
-        return _import_file(Path(where), what)
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as `python -m` does
-    parts = where.split(".")
-    for i in range(1, len(parts) + 1):
-        name = ".".join(parts[:i])
-        try:
-            module = importlib.import_module(name)
-        except ModuleNotFoundError as e:
-            if e.name != name:
-                raise _failed(name, what, e) from e
-            outer = ".".join(parts[: i - 1])
-            missing = f"{outer} was imported, but it has no module {parts[i - 1]!r}" if outer else f"there is no module {name!r}"
-            raise ConfigError(f"{what}: {missing} (searched {os.getcwd()} and the installed packages)") from None
-        except (Exception, SystemExit) as e:
-            raise _failed(name, what, e) from e
-    return module
-
-
-def _import_file(path: Path, what: str) -> ModuleType:
-    path = path.resolve()
-    if not path.is_file():
-        raise ConfigError(f"{what}: there is no file {path}")
-    name = path.stem
-    known = sys.modules.get(name)
-    if known is not None:
-        if getattr(known, "__file__", None) and Path(known.__file__).resolve() == path:
-            return known
-        other = getattr(known, "__file__", None) or "built in"
-        raise ConfigError(f"{what}: a module called {name!r} is loaded already ({other}); rename {path.name}")
-    if str(path.parent) not in sys.path:
-        sys.path.insert(0, str(path.parent))  # as `python file.py` does
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as e:
-        del sys.modules[name]
-        raise _failed(path.name, what, e) from e
-    return module
-
-
-def _failed(name: str, what: str, e: BaseException) -> ConfigError:
-    hint = "; name it as package.module, so that its package is known" if "no known parent package" in str(e) else ""
-    return ConfigError(f"{what}: {name} failed to import: {one_line(e)}{hint}")
+    return importing.find(f"{where}:{name}", f"{what} {text!r}")
 
 
 def _home(args: Namespace) -> str:
