@@ -305,6 +305,9 @@ class ProfileConfig:
 class TrainerArgs:
     """A training run."""
 
+    vars: dict[str, Any] = field(default_factory=dict)
+    """Anything, for other settings to refer to: `$(vars.width)`."""
+
     compute_config: ComputeConfig | None = None
     """How the model is traced, split and run. Required, with `use_end2end: true` unless `model.parallel_modules` is used."""
 
