@@ -1,18 +1,13 @@
 """Checkpoints: a folder through torch.distributed.checkpoint, written aside and renamed, that loads under any plan and world size.
 Must not know how tensors are stored (planner.py) nor how they are split (layout.py).
-
-In the folder: DCP's files, and autopar.json, written last: the size of every file. A folder without it is no checkpoint.
 """
 
 from __future__ import annotations
 
 import io
-import json
-import logging
-import os
-import shutil
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from autopar.errors import CheckpointError
 from autopar.runtime.groups import fail_together
+from autopar.runtime.state import folder as files
 from autopar.runtime.state import planner
 from autopar.runtime.state.generators import random_state, restore
 from autopar.runtime.state.inventory import (
@@ -31,6 +27,7 @@ from autopar.runtime.state.inventory import (
     Held,
     check_groups,
     compare,
+    cut_up,
     entries,
     groups,
     held,
@@ -43,21 +40,16 @@ from autopar.runtime.state.inventory import (
     split_state,
 )
 from autopar.runtime.state.layout import Layout
-from autopar.runtime.state.merge import join_groups, to_torch
+from autopar.runtime.state.merge import Whole, join_groups
+from autopar.runtime.state.taking import Take, as_is, taken, written_here
 from autopar.runtime.state.weights import Weights
 
-log = logging.getLogger("autopar")
-FORMAT = 1
-MANIFEST = "autopar.json"
 MODEL, STATE = "model.", "optimizer.state."
+KIND = "dcp"
 
 
 def _world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def _aside(folder: Path, what: str) -> Path:
-    return folder.with_name(f".{folder.name}.{what}")
 
 
 def save_checkpoint(folder: str | Path, module: nn.Module, optimizer: Any = None, extra: Any = None) -> None:
@@ -67,55 +59,58 @@ def save_checkpoint(folder: str | Path, module: nn.Module, optimizer: Any = None
     was there before. Raises CheckpointError where the state cannot be saved or loaded again.
     """
     folder = Path(folder).absolute()
+    rank, _ = _world()
+
+    def prepare() -> planner.SavePlanner:
+        if rank == 0:
+            files.start(folder)
+        return collect(module, optimizer, extra)
+
+    plan = fail_together("prepare the checkpoint", prepare)
+    tmp = files.aside(folder, "saving")
+    write(tmp, plan)
+    fail_together("finish the checkpoint", lambda: files.finish(tmp, folder, facts(module)) if rank == 0 else None)
+
+
+def facts(module: nn.Module, kind: str = KIND) -> dict[str, Any]:
+    """What a manifest says of the layout that has saved."""
+    mesh = next((m.mesh for _, m in parallel_modules(module)), None)
+    axes = "" if mesh is None else ",".join(f"{n}={k}" for n, k in zip(mesh.names, mesh.sizes, strict=True))
+    return {"kind": kind, "world": _world()[1], "unit": 1 if mesh is None else mesh.unit_size, "mesh": axes}
+
+
+def collect(module: nn.Module, optimizer: Any, extra: Any, local: Any = None, take: Take = as_is) -> planner.SavePlanner:
+    """What this rank writes: its part of the tensors, each taken by `take`; `extra` of rank 0, and `local` of every rank."""
     rank, world = _world()
-    tmp = _aside(folder, "saving")
-
-    def collect() -> planner.SavePlanner:
-        if rank == 0:
-            if folder.exists() and not (folder / MANIFEST).exists() and (not folder.is_dir() or any(folder.iterdir())):
-                raise CheckpointError(f"{folder} exists and is no complete checkpoint; save to another folder, or remove it first")
-            shutil.rmtree(tmp, ignore_errors=True)
-            tmp.mkdir(parents=True)
-        return _collect(module, optimizer, extra, rank)
-
-    plan = fail_together("prepare the checkpoint", collect)
-    _dcp(lambda: dcp.save({}, storage_writer=dcp.FileSystemWriter(tmp), planner=plan, no_dist=world == 1), f"save {folder}")
-
-    def finish() -> None:
-        if rank == 0:
-            unit = next((m.mesh.unit_size for _, m in parallel_modules(module)), 1)
-            sizes = {f.name: f.stat().st_size for f in sorted(tmp.iterdir())}
-            _write(tmp / MANIFEST, json.dumps({"format": FORMAT, "world": world, "unit": unit, "files": sizes}, indent=1))
-            _swap(tmp, folder)
-
-    fail_together("finish the checkpoint", finish)
-
-
-def _collect(module: nn.Module, optimizer: Any, extra: Any, rank: int) -> planner.SavePlanner:
     mine = entries(module, reducer_of(module, optimizer))
+    here = written_here(mine, rank, world)
     # NB: buffers may differ between units (running statistics); all are taken from the first rank that holds them.
-    tensors = {MODEL + e.name: (e.layout, e.tensor) for e in mine.values() if e.param or e.first}
+    found = [(MODEL + e.name, e.layout, e.tensor) for e in mine.values() if (e.name in here if e.param else e.first)]
     objects: dict[str, Any] = {f"random.{rank}": random_state()}
     if optimizer is not None:
+        zero = cut_up(optimizer)
         scalars = {}
         for h in held(optimizer, mine, module):
             like, scalars[h.name] = split_state(h)
-            tensors |= {f"{STATE}{h.name}.{key}": (h.layout, t) for key, t in like.items()}
-        objects[f"optimizer.{rank}"] = {"groups": groups(optimizer, mine, module), "scalars": scalars}
-        _check_loadable("the options of the optimizer's groups", objects[f"optimizer.{rank}"]["groups"])
+            if zero or h.name in here:
+                found += [(f"{STATE}{h.name}.{key}", h.layout, t) for key, t in like.items()]
+        objects[f"optimizer.{rank}"] = taken({"groups": groups(optimizer, mine, module), "scalars": scalars}, take)
+        loadable("the options of the optimizer's groups", objects[f"optimizer.{rank}"]["groups"])
+    if local is not None:
+        objects[f"local.{rank}"] = loadable("the state of this rank", local)
     if rank == 0:
-        objects["extra"] = extra
+        objects["extra"] = loadable("`extra`", extra)
         objects["module"] = {"names": {e.name: list(e.names) for e in mine.values()}, "params": [e.name for e in mine.values() if e.param]}
-        _check_loadable("`extra`", extra)
-    return planner.SavePlanner(tensors, objects)
+    return planner.SavePlanner({name: (layout, take(t)) for name, layout, t in found}, objects)
 
 
-def _check_loadable(what: str, value: Any) -> None:
+def loadable(what: str, value: Any) -> Any:
+    """A copy of the value, as it will be loaded. Raises CheckpointError where it cannot be."""
     written = io.BytesIO()
     try:
         torch.save(value, written)
         written.seek(0)
-        torch.load(written, weights_only=True)
+        return torch.load(written, weights_only=True)
     except Exception as e:  # NB: whatever pickling raises
         reason = str(e).splitlines()[0][:200]
         raise CheckpointError(
@@ -123,24 +118,26 @@ def _check_loadable(what: str, value: Any) -> None:
         ) from e
 
 
-def _write(file: Path, text: str) -> None:
-    with file.open("w") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
+def write(tmp: Path, plan: planner.SavePlanner, group: Any = None) -> None:
+    """Every rank's files, and DCP's metadata. NB: collective, over the group."""
+    alone = _world()[1] == 1
+    what = f"save {tmp.name.removeprefix('.').removesuffix('.saving')}"
+    _dcp(lambda: dcp.save({}, storage_writer=dcp.FileSystemWriter(tmp), planner=plan, process_group=group, no_dist=alone), what)
 
 
-def _swap(tmp: Path, folder: Path) -> None:
-    """Put a complete folder in its place. NB: at every moment one complete checkpoint is in `folder` or `.previous`."""
-    previous = _aside(folder, "previous")
-    if folder.exists():
-        shutil.rmtree(previous, ignore_errors=True)
-        folder.rename(previous)
-    tmp.rename(folder)
-    fd = os.open(folder.parent, os.O_RDONLY)
-    os.fsync(fd)
-    os.close(fd)
-    shutil.rmtree(previous, ignore_errors=True)
+def write_whole(tmp: Path, whole: Whole, objects: Mapping[str, Any]) -> None:
+    """A whole state, in one process. objects: what else is in the checkpoint, by name."""
+    tensors = {MODEL + n: (Layout.whole(t.shape), t) for n, t in whole.model.items()}
+    objects = {"module": {"names": whole.names, "params": whole.params}, "extra": None, **objects}
+    if whole.groups is not None:
+        scalars = {}
+        for name, state in whole.state.items():
+            layout = Layout.whole(whole.model[name].shape)
+            like, scalars[name] = split_state(Held(name, layout, whole.model[name], state))
+            tensors |= {f"{STATE}{name}.{key}": (layout, t) for key, t in like.items()}
+        objects["optimizer.0"] = {"groups": whole.groups, "scalars": scalars}
+    plan = planner.SavePlanner(tensors, objects)
+    _dcp(lambda: dcp.save({}, storage_writer=dcp.FileSystemWriter(tmp), planner=plan, no_dist=True), f"save {tmp}")
 
 
 def _dcp(run: Callable[[], Any], what: str) -> None:
@@ -156,38 +153,22 @@ def _dcp(run: Callable[[], Any], what: str) -> None:
 
 
 def open_checkpoint(folder: str | Path) -> tuple[Path, dict[str, Any], dcp.Metadata]:
-    """The folder (or the previous one, where a save was killed while it took its place), its manifest and DCP's metadata.
-
-    Raises CheckpointError where it is not complete.
-    """
-    folder = Path(folder).absolute()
-    if not folder.exists():
-        previous = _aside(folder, "previous")
-        if not (previous / MANIFEST).exists():
-            raise CheckpointError(f"there is no checkpoint {folder}")
-        log.warning("%s was being replaced when its save was killed; loading the checkpoint before that", folder)
-        folder = previous
-    if not (folder / MANIFEST).exists():
-        raise CheckpointError(f"{folder} is no complete checkpoint: it has no {MANIFEST}, which is written last; its save did not end")
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        sizes, form = dict(manifest["files"]), manifest["format"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise CheckpointError(f"cannot read {folder / MANIFEST}: {type(e).__name__}: {e}; it is truncated or damaged") from e
-    if form != FORMAT:
-        raise CheckpointError(f"{folder} has format {form}; this version of autopar reads {FORMAT}")
-    for name, size in sizes.items():
-        if not (folder / name).exists():
-            raise CheckpointError(f"{folder} is not complete: {name} is missing{_whose(name)}")
-        there = (folder / name).stat().st_size
-        if there != size:
-            raise CheckpointError(f"{folder / name} is damaged: it has {there} bytes, {size} were written{_whose(name)}")
-    return folder, manifest, planner.read_metadata(folder)
+    """The folder, its manifest and DCP's metadata. Raises CheckpointError where it is not complete, or of another kind."""
+    path, manifest = files.open_folder(folder)
+    kind = manifest.get("kind", KIND)
+    if kind != KIND:
+        raise CheckpointError(f"{path} is a {kind} checkpoint; `autopar checkpoint convert {path} OUT --to dcp` makes one that loads here")
+    return path, manifest, planner.read_metadata(path)
 
 
-def _whose(file: str) -> str:
-    rank = file.removeprefix("__").partition("_")[0]
-    return f" (the file of rank {rank})" if rank.isdigit() else ""
+@dataclass(frozen=True)
+class Read:
+    """What a checkpoint holds besides the module and optimizer that it was loaded into."""
+
+    extra: Any
+    local: dict[int, Any]  # by rank; on the layout that saved only this rank's
+    random: dict[str, Any] | None
+    manifest: dict[str, Any]
 
 
 @torch.no_grad()
@@ -197,6 +178,15 @@ def load_checkpoint(folder: str | Path, module: nn.Module, optimizer: Any = None
     random: restore the random states. On the layout that saved them each rank gets its own; on another one, those of the unit's first rank.
     Raises CheckpointError, before anything is changed, where the checkpoint is incomplete or of another model.
     """
+    found = read_checkpoint(folder, module, optimizer)
+    if random and found.random is not None:
+        restore(found.random)
+    return found.extra
+
+
+@torch.no_grad()
+def read_checkpoint(folder: str | Path, module: nn.Module, optimizer: Any = None) -> Read:
+    """As load_checkpoint, but leaves the random states alone."""
     rank, world = _world()
     reducer = reducer_of(module, optimizer)
 
@@ -205,30 +195,36 @@ def load_checkpoint(folder: str | Path, module: nn.Module, optimizer: Any = None
         mine = entries(module, reducer)
         found = compare(str(path), module, mine, planner.shapes_of(metadata, MODEL))
         tensors = {MODEL + found[e.name]: e.layout.cut(e.tensor) for e in mine.values()}
-        wanted = f"random.{_source_rank(module, manifest, rank, world)}"
-        objects = sorted(n for n in planner.objects_of(metadata) if n in ("extra", wanted) or (optimizer and n.startswith("optimizer.")))
+        drawn = f"random.{_source_rank(module, manifest, rank)}"
+        local = f"local.{rank}" if same_layout(manifest, module) else "local."
+        there = sorted(planner.objects_of(metadata))
+        objects = [n for n in there if n in ("extra", drawn) or n.startswith(local) or (optimizer and n.startswith("optimizer."))]
         values = planner.read_objects(path, metadata, objects)
         new = _optimizer(optimizer, module, mine, found, metadata, values, tensors) if optimizer is not None else None
-        return path, metadata, planner.ReadPlanner(tensors), values.get(wanted), new, values["extra"]
+        locals_ = {int(n.partition(".")[2]): v for n, v in values.items() if n.startswith("local.")}
+        return path, metadata, planner.ReadPlanner(tensors), Read(values["extra"], locals_, values.get(drawn), manifest), new
 
-    path, metadata, plan, drawn, new, extra = fail_together("open the checkpoint", prepare)
+    path, metadata, plan, out, new = fail_together("open the checkpoint", prepare)
     _dcp(lambda: dcp.load({}, storage_reader=planner.Reader(path, metadata), planner=plan, no_dist=world == 1), f"load {path}")
     refresh(reducer)
     if new is not None:
         options, states = new
         put_options(optimizer, options)
         put_state(optimizer, states)
-    if random and drawn is not None:
-        restore(drawn)
-    return extra
+    return out
 
 
-def _source_rank(module: nn.Module, manifest: dict[str, Any], rank: int, world: int) -> int:
+def same_layout(manifest: Mapping[str, Any], module: nn.Module) -> bool:
+    """As many ranks, in as large units, as have saved."""
+    here = facts(module)
+    return (manifest["world"], manifest["unit"]) == (here["world"], here["unit"])
+
+
+def _source_rank(module: nn.Module, manifest: dict[str, Any], rank: int) -> int:
     """The rank whose random state this one takes."""
-    unit = next((m.mesh.unit_size for _, m in parallel_modules(module)), 1)
-    if (manifest["world"], manifest["unit"]) == (world, unit):
+    if same_layout(manifest, module):
         return rank
-    units = manifest["world"] // manifest["unit"]
+    unit, units = facts(module)["unit"], manifest["world"] // manifest["unit"]
     return (rank // unit) % units * manifest["unit"]
 
 
@@ -285,28 +281,34 @@ def weights_of(folder: str | Path) -> Weights:
     return Weights(str(path), planner.shapes_of(metadata, MODEL), lambda name, at: planner.read_slice(path, metadata, MODEL + name, at))
 
 
-def read_merged(folder: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
-    """What merge_state_dicts returns, from a checkpoint folder, in one process."""
+def read_whole(folder: str | Path) -> Whole:
+    """All of a checkpoint folder's tensors, in one process."""
     path, _, metadata = open_checkpoint(folder)
-    whole: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, m in metadata.state_dict_metadata.items():
         if isinstance(m, planner.TensorStorageMetadata):
-            whole[name] = torch.empty(m.size, dtype=m.properties.dtype)
-    objects = sorted(n for n in planner.objects_of(metadata) if n == "module" or n.startswith("optimizer."))
-    plan = planner.ReadPlanner({n: Layout.whole(t.shape).cut(t) for n, t in whole.items()})
-    values = planner.read_objects(path, metadata, objects)
+            tensors[name] = torch.empty(m.size, dtype=m.properties.dtype)
+    plan = planner.ReadPlanner({n: Layout.whole(t.shape).cut(t) for n, t in tensors.items()})
+    objects = read_objects(path, lambda n: n == "module" or n.startswith("optimizer."))
     _dcp(lambda: dcp.load({}, storage_reader=planner.Reader(path, metadata), planner=plan, no_dist=True), f"load {path}")
-    module = values.pop("module")
-    model = {alias: whole[MODEL + name] for name, names in module["names"].items() for alias in names}
-    if not values:
-        return model, None
+    module = objects.pop("module")
+    model = {name: tensors[MODEL + name] for name in module["names"]}
+    if not objects:
+        return Whole(model, module["names"], module["params"], None, {})
     state: dict[str, dict[str, Any]] = {}
-    for saved in values.values():
+    for saved in objects.values():
         for name, scalars in saved["scalars"].items():
             if scalars:
                 state.setdefault(name, {}).update(scalars)
-    for full, t in whole.items():
+    for full, t in tensors.items():
         if full.startswith(STATE):
             name, _, key = full.removeprefix(STATE).rpartition(".")
             state.setdefault(name, {})[key] = t
-    return model, to_torch(join_groups([o["groups"] for o in values.values()], module["params"]), state, module["params"])
+    found = join_groups([o["groups"] for o in objects.values()], module["params"])
+    return Whole(model, module["names"], module["params"], found, state)
+
+
+def read_objects(folder: str | Path, wanted: Callable[[str], bool]) -> dict[str, Any]:
+    """What is in a checkpoint folder besides tensors, in one process."""
+    path, _, metadata = open_checkpoint(folder)
+    return planner.read_objects(path, metadata, sorted(filter(wanted, planner.objects_of(metadata))))

@@ -101,6 +101,11 @@ def reducer_of(module: nn.Module, optimizer: Any = None) -> Any:
     return found or next((r for _, m in parallel_modules(module) if (r := getattr(m, "_grad_reducer", None)) is not None), None)
 
 
+def cut_up(optimizer: Any) -> bool:
+    """With ZeRO: ranks that hold the same parameter update other parts of it."""
+    return bool(getattr(getattr(optimizer, "reducer", None), "shards", None))
+
+
 def held(optimizer: Any, params: Mapping[str, Entry], module: nn.Module) -> list[Held]:
     """The state of every parameter (or piece of one) that the optimizer updates on this rank.
 

@@ -5,6 +5,7 @@ Must not know how ranks hold tensors (layout.py). Merging runs in one process, w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from autopar.runtime.state.inventory import (
     Entry,
     check_groups,
     compare,
+    cut_up,
     entries,
     groups,
     held,
@@ -63,10 +65,30 @@ def merge_state_dicts(
     that save_checkpoint wrote. Raises CheckpointError where a rank is missing, a file is damaged, or they are of different saves.
     """
     if isinstance(parts, (str, Path)):
-        from autopar.runtime.state.checkpoint import read_merged
+        from autopar.runtime.state.checkpoint import read_whole
 
-        return read_merged(parts)
-    read = [read_rank(p) for p in parts]
+        return read_whole(parts).state_dicts()
+    return join_ranks([read_rank(p) for p in parts]).state_dicts()
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The state of all ranks put together. Every parameter and buffer under its first name."""
+
+    model: dict[str, torch.Tensor]
+    names: dict[str, list[str]]  # all of them
+    params: list[str]  # in the order of the original module
+    groups: list[dict[str, Any]] | None  # options and 'names'; None without an optimizer
+    state: dict[str, dict[str, Any]]
+
+    def state_dicts(self) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+        """Of the original module, and of torch's optimizer over its parameters."""
+        model = {alias: self.model[name] for name, names in self.names.items() for alias in names}
+        return model, None if self.groups is None else _to_torch(self.groups, self.state, self.params)
+
+
+def join_ranks(read: list[Mapping[str, Any]]) -> Whole:
+    """From what read_rank returned for every rank. Raises CheckpointError as merge_state_dicts does."""
     if not read:
         raise CheckpointError("there is nothing to merge; give one state dict per rank")
     heads = [r["autopar"] for r in read]
@@ -85,17 +107,18 @@ def merge_state_dicts(
     read.sort(key=lambda r: r["autopar"]["rank"])
     layouts = [{n: Layout.from_data(d) for n, d in r["layout"].items()} for r in read]
     model: dict[str, torch.Tensor] = {}
-    for name, names in read[0]["names"].items():
+    for name in read[0]["names"]:
         parts = [part for r, at in zip(read, layouts, strict=True) if name in r["model"] for part in at[name].cut(r["model"][name])]
-        model |= dict.fromkeys(names, assemble(name, layouts[0][name].shape, parts))
-    return model, _merge_optimizer(read, layouts)
+        model[name] = assemble(name, layouts[0][name].shape, parts)
+    return Whole(model, dict(read[0]["names"]), list(read[0]["order"]), *_join_optimizers(read, layouts))
 
 
-def _merge_optimizer(read: Sequence[Mapping[str, Any]], layouts: list[dict[str, Layout]]) -> dict[str, Any] | None:
+def _join_optimizers(read: Sequence[Mapping[str, Any]], layouts: list[dict[str, Layout]]) -> tuple[list | None, dict]:
+    """(groups, state) by name."""
     found = [r["optimizer"] for r in read]
     if any(o is None for o in found):
         if all(o is None for o in found):
-            return None
+            return None, {}
         raise CheckpointError(f"only the ranks {[i for i, o in enumerate(found) if o is not None]} saved an optimizer")
     tensors: dict[tuple[str, str], list] = {}
     scalars: dict[str, dict[str, Any]] = {}
@@ -109,7 +132,7 @@ def _merge_optimizer(read: Sequence[Mapping[str, Any]], layouts: list[dict[str, 
     state = {name: dict(values) for name, values in scalars.items()}
     for (name, key), parts in tensors.items():
         state.setdefault(name, {})[key] = assemble(f"{key} of {name}", layouts[0][name].shape, parts)
-    return to_torch(join_groups([o["groups"] for o in found], read[0]["order"]), state, read[0]["order"])
+    return join_groups([o["groups"] for o in found], read[0]["order"]), state
 
 
 def join_groups(found: Sequence[list[dict[str, Any]]], order: Sequence[str]) -> list[dict[str, Any]]:
@@ -123,7 +146,7 @@ def join_groups(found: Sequence[list[dict[str, Any]]], order: Sequence[str]) -> 
     return out
 
 
-def to_torch(found: list[dict[str, Any]], state: Mapping[str, dict[str, Any]], order: Sequence[str]) -> dict[str, Any]:
+def _to_torch(found: list[dict[str, Any]], state: Mapping[str, dict[str, Any]], order: Sequence[str]) -> dict[str, Any]:
     """The form of torch.optim: parameters by number. One group counts frozen parameters too, as optimizer(module.parameters()) does."""
     listed = [order] if len(found) == 1 else [g["names"] for g in found]
     numbers = {n: i for i, n in enumerate(n for names in listed for n in names)}
@@ -195,7 +218,7 @@ def _optimizer_state(module: nn.Module, mine: Mapping[str, Entry], optimizer: An
 def _all_groups(optimizer: Any, mine: Mapping[str, Entry], module: nn.Module) -> list[dict[str, Any]]:
     """The groups with all their parameters: with ZeRO this rank's name only those it updates. NB: collective."""
     own = groups(optimizer, mine, module)
-    if not getattr(getattr(optimizer, "reducer", None), "zero", 0) or not dist.is_initialized():
+    if not cut_up(optimizer) or not dist.is_initialized():
         return own
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, [{"names": g["names"]} for g in own])

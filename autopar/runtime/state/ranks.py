@@ -33,6 +33,7 @@ from autopar.runtime.state.inventory import (
 )
 from autopar.runtime.state.layout import Layout
 from autopar.runtime.state.merge import FORMAT
+from autopar.runtime.state.taking import alone
 
 State = dict[str, Any]
 Key = tuple[str, str, Layout]  # parameter, '' or the key of its optimizer state, which part
@@ -46,26 +47,27 @@ def sharded_state_dict(module: nn.Module, optimizer: Any = None) -> State:
     """Everything this rank holds, under original names: what load_sharded_state_dict takes back on the same rank of the same layout,
     and merge_state_dicts from all ranks. Tensors are the live ones, as in module.state_dict().
     """
-    return _collect(module, optimizer, "sharded")
+    return collect(module, optimizer, "sharded")
 
 
 def deduped_state_dict(module: nn.Module, optimizer: Any = None) -> State:
     """As sharded_state_dict, but what several ranks hold is only in the first one's. NB: collective."""
-    state = _collect(module, optimizer, "deduped")
+    state = dedupe(collect(module, optimizer, "deduped"))
+    return {**state, "model": {n: alone(t) for n, t in state["model"].items()}}
+
+
+def dedupe(state: State) -> State:
+    """Without what an earlier rank has. NB: collective."""
     own = _owners(list(_keys(state)))
-    rank = state["autopar"]["rank"]
-    # NB: torch.save writes the whole memory behind a view (of a bucket of ZeRO), of which the rest is another rank's to save.
-    state["model"] = {n: _alone(t) for n, t in state["model"].items() if own[_model_key(state, n)] == rank}
-    if state["optimizer"] is not None:
-        state["optimizer"]["state"] = [s for s in state["optimizer"]["state"] if own[_state_key(state, s)] == rank]
-    return state
+    rank, optimizer = state["autopar"]["rank"], state["optimizer"]
+    model = {n: t for n, t in state["model"].items() if own[_model_key(state, n)] == rank}
+    if optimizer is not None:
+        optimizer = {**optimizer, "state": [s for s in optimizer["state"] if own[_state_key(state, s)] == rank]}
+    return {**state, "model": model, "optimizer": optimizer}
 
 
-def _alone(t: torch.Tensor) -> torch.Tensor:
-    return t if t.untyped_storage().nbytes() == t.numel() * t.itemsize else t.clone()
-
-
-def _collect(module: nn.Module, optimizer: Any, kind: str) -> State:
+def collect(module: nn.Module, optimizer: Any, kind: str) -> State:
+    """What this rank holds, in the form of sharded_state_dict."""
     rank, world = _rank_and_world()
     mine = entries(module, reducer_of(module, optimizer))
     state: State = {
