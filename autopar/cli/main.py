@@ -30,10 +30,11 @@ def parser() -> argparse.ArgumentParser:
     p = _Parser(prog="autopar", description="Compile single-device PyTorch models to readable parallel PyTorch code.", epilog=EPILOG)
     p.add_argument("--version", action="version", version=f"autopar {__version__}")
     p.formatter_class = argparse.RawDescriptionHelpFormatter
-    commands = p.add_subparsers(dest="command", metavar="compile | show | verify", required=True)
+    commands = p.add_subparsers(dest="command", metavar="compile | show | verify | train", required=True)
     _compile(commands.add_parser("compile", help="compile a model into a folder; needs no GPU and no process group"))
     _show(commands.add_parser("show", help="what a folder of generated code holds"))
     _verify(commands.add_parser("verify", help="run all ranks in this process and compare with the model; exit code 1 if they differ"))
+    commands.add_parser("train", help="train from a YAML file, on all processes of this machine", add_help=False)
     for command in commands.choices.values():
         command.add_argument("--traceback", action="store_true", help="show where an error came from")
     return p
@@ -86,6 +87,9 @@ def _verify(p: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code: 0, 1 where verify found a difference, 2 for an error."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["train"]:  # its settings have any names, which argparse does not
+        return importlib.import_module("autopar.cli.train").main(argv[1:], launch=True)
     args = parser().parse_args(argv)
     try:
         return importlib.import_module(f"autopar.cli.{args.command}").run(args)

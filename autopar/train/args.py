@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from autopar.config import ComputeConfig
 from autopar.train.fill import AtLeast, fill
+from autopar.train.sources import read_words
 from autopar.train.spec import CheckpointSpec, ProfileSpec, RunSpec
 
 Count = Annotated[int, AtLeast(1)]
@@ -392,12 +393,15 @@ class TrainerArgs:
 
         Raises ConfigError for an unknown key, naming the nearest, for a wrong type, and for YAML that does not parse.
         """
-        from autopar.train.sources import read_file, read_words
-
         if isinstance(x, (cls, Mapping)):
             return fill(cls, x)
-        config = read_file(x, plain(cls())) if isinstance(x, (str, Path)) else read_words(x, plain(cls()))
-        return fill(cls, config.tree, "", config.origins)
+        return cls.read(["-f", str(x)] if isinstance(x, (str, Path)) else x)[0]
+
+    @classmethod
+    def read(cls, words: Sequence[str]) -> tuple[TrainerArgs, dict[str, str]]:
+        """From command-line words, with where every key was set: dotted key -> 'config.yaml:12' or 'command line'."""
+        config = read_words(words, plain(cls()))
+        return fill(cls, config.tree, "", config.origins), config.origins
 
     def spec(self, *, launched: bool = True) -> RunSpec:
         """The checked description of the run. launched=False: processes are started later, which are then checked by themselves.

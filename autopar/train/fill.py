@@ -5,6 +5,7 @@ Must not know which dataclasses there are, nor where the values came from (it is
 from __future__ import annotations
 
 import ast
+import difflib
 import types
 import warnings
 from collections.abc import Callable, Mapping
@@ -107,8 +108,8 @@ def _union(hints: tuple[Any, ...], value: Any, where: str, origins: Origins) -> 
     exact = [h for h in hints if isinstance(h, type) and type(value) is h]  # NB: True is an int as well
     classes = [h for h in hints if is_dataclass(h)]
     if classes and (isinstance(_literal(value), Mapping) or is_dataclass(value)):
-        keys = set() if is_dataclass(value) else set(_literal(value))
-        best = max(classes, key=lambda c: (isinstance(value, c), len(keys & {f.name for f in fields(c)})))
+        keys = [] if is_dataclass(value) else [str(k) for k in _literal(value)]
+        best = max(classes, key=lambda c: (isinstance(value, c), sum(_nearness(k, c) for k in keys)))
         return _convert(best, value, where, origins)
     names = [h for h in hints if get_origin(h) is Literal]
     others = [h for h in hints if h not in names and h is not type(None)]
@@ -116,6 +117,11 @@ def _union(hints: tuple[Any, ...], value: Any, where: str, origins: Origins) -> 
         if (made := _convert(h, value, where, origins)) is not _FAILED:
             return made
     return next((_convert(h, value, where, origins) for h in names), _FAILED)
+
+
+def _nearness(key: str, cls: Any) -> float:
+    """1 for a field of the class, less for what is only like one."""
+    return max(difflib.SequenceMatcher(None, key, f.name).ratio() for f in fields(cls))
 
 
 def _dataclass(cls: Any, value: Any, where: str, origins: Origins) -> Any:

@@ -22,7 +22,7 @@ from autopar.errors import ConfigError, suggest
 from autopar.runtime.groups import alone, fail_together, init, local_device
 from autopar.runtime.launch import distribute
 from autopar.train.checks import check_policy
-from autopar.train.components import create, locate
+from autopar.train.components import create, locate, resolve
 
 if TYPE_CHECKING:
     from autopar.train.args import ModuleParallelizeConfig, TrainerArgs
@@ -104,6 +104,7 @@ class _Compile:
                 config = replace(config, use_end2end=False, **{k: v for k, v in own.items() if v is not None})
             except ConfigError as e:
                 raise ConfigError(f"{where}.compute_config: {e}") from e
+        config = replace(config, **{k: resolve(getattr(config, k), f"compute_config.{k}") for k in ("pas_config", "user_config")})
         compiling = args.run_mode == "compile"
         reuse = pick("gen_reuse")
         reuse = ("moo" if compiling else "match") if reuse == "auto" else reuse

@@ -31,11 +31,6 @@ class Config:
     origins: dict[str, str] = field(default_factory=dict)
 
 
-def read_file(path: str | Path, defaults: Mapping[str, Any]) -> Config:
-    """See read_words."""
-    return read_words(["-f", str(path)], defaults)
-
-
 def read_words(words: Sequence[str], defaults: Mapping[str, Any]) -> Config:
     """`-f config.yaml` (any number of files) and `--key value`, `--key` (true), `--key!` (removed), with references resolved.
 
@@ -172,6 +167,7 @@ def _set(config: Config, key: str, value: Any) -> None:
                 raise ConfigError(f"--{key}!: there is no {'.'.join(names[: n + 1])} to remove")
             if inside is None:
                 here[index] = inside = [] if names[n + 1] == "0" else {}
+                config.origins[".".join(names[: n + 1])] = COMMAND_LINE
             here = inside
             continue
         _forget(config, key)
