@@ -234,7 +234,7 @@ class HookMapConfig:
     after_zero_grad: Name | None = None
     """`(trainer)`."""
     before_sync_grad: Name | None = None
-    """`(trainer)`: before gradients are summed over the ranks."""
+    """`(trainer)`: before gradients are summed over the ranks; where that begins during the backward, before the last backward."""
     after_sync_grad: Name | None = None
     """`(trainer)`: after it."""
     before_gnorm_clip: Name | None = None

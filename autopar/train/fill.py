@@ -168,8 +168,10 @@ def describe(hint: Any) -> str:
         inner, *limits = get_args(hint)
         return describe(inner) + "".join(f" of at least {limit.least:g}" for limit in limits)
     if kind in (Union, types.UnionType):
-        parts = dict.fromkeys(describe(h) for h in get_args(hint))
-        return ", ".join(list(parts)[:-1]) + (" or " if len(parts) > 1 else "") + list(parts)[-1]
+        parts = [describe(h) for h in get_args(hint)]
+        name = describe(Callable)
+        parts = [p for p in parts if p != "a text"] if name in parts else parts
+        return ", ".join(parts[:-1]) + (" or " if len(parts) > 1 else "") + parts[-1]
     if kind is Literal:
         return " / ".join(get_args(hint))
     if kind is dict:
@@ -180,6 +182,6 @@ def describe(hint: Any) -> str:
     if is_dataclass(hint):
         return "a dict of settings"
     if hint is Callable or kind is get_origin(Callable[..., Any]):
-        return "a class or function"
+        return "the name of a class or function"
     names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
     return names.get(hint, "any value")
