@@ -46,8 +46,10 @@ class ConsoleLogger:
         self._print(f"training from step {self._first}" + (f" to {self._total}" if self._total else "") + f" on {run.get('device', '?')}")
         if self._want_bar and sys.stderr.isatty():
             # NB: written when this class says so, which costs less per step than to let tqdm decide.
-            width = {"dynamic_ncols": True} if os.get_terminal_size(sys.stderr.fileno()).columns else {"ncols": 120}
-            self._bar = tqdm(total=self._total, initial=self._first, unit="step", mininterval=0, miniters=1, **width)
+            sized = os.get_terminal_size(sys.stderr.fileno()).columns > 0  # the terminals of some programs have no size
+            size = {"dynamic_ncols": True} if sized else {"ncols": 120, "nrows": 20}
+            text = "{desc}{n_fmt}/{total_fmt} |{bar:12}| {elapsed}<{remaining}{postfix}" if self._total else None
+            self._bar = tqdm(total=self._total, initial=self._first, unit="step", bar_format=text, mininterval=0, miniters=1, **size)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int, *, tag: str) -> None:
         if tag != "train":
@@ -76,7 +78,7 @@ class ConsoleLogger:
     def _update(self) -> None:
         if self._held is not None:
             if "epoch" in self._held:
-                self._bar.set_description_str(f"epoch {self._held['epoch']}", refresh=False)
+                self._bar.set_description_str(f"epoch {self._held['epoch']}  step ", refresh=False)
             self._bar.set_postfix_str(describe(self._held), refresh=False)
         self._bar.update(self._last - self._shown)
         self._shown, self._next = self._last, time.perf_counter() + REFRESH_S
