@@ -138,8 +138,6 @@ def make_hook(args: TrainerArgs) -> TrainHook | None:
     if isinstance(args.hook, HookMapConfig):
         named = {f.name: getattr(args.hook, f.name) for f in fields(args.hook)}
         return HookMap({n: locate(fn, f"hook.{n}") for n, fn in named.items() if fn is not None})
-    if args.hook.type is None:
-        raise ConfigError("hook.type is missing: the name of a subclass of autopar.train.TrainHook")
     made = create(locate(args.hook.type, "hook.type"), args.hook.args, "hook.args")
     if not isinstance(made, TrainHook):
         raise ConfigError(f"hook.type {args.hook.type!r} made a {type(made).__name__}; it must be a subclass of autopar.train.TrainHook")

@@ -67,10 +67,11 @@ def check_policy(policy: Any, where: str) -> None:
 def _parts(args: TrainerArgs) -> None:
     if args.compute_config is None:
         raise ConfigError("compute_config is missing; give at least plan_ngpus, runtime_ngpus and use_end2end: true")
-    needed = {"model": args.model, "optimizer": args.optimizer, "dataset": args.dataset}
+    needed: dict[str, Any] = {"model": args.model, "optimizer": args.optimizer, "dataset": args.dataset}
     needed |= {f"model.parallel_modules.{i}": m for i, m in enumerate(args.model.parallel_modules)}
     needed |= {"lr_scheduler": args.lr_scheduler} if args.lr_scheduler else {}
     needed |= {f"log.{i}": logger for i, logger in enumerate(args.log)}
+    needed |= {"hook": args.hook} if hasattr(args.hook, "type") else {}
     for where, part in needed.items():
         if part.type is None:
             raise ConfigError(f"{where}.type is missing: the name of a class or function, such as 'package.module.Name'")
@@ -88,6 +89,7 @@ def _parts(args: TrainerArgs) -> None:
                 f"For other arguments use a subclass of it (class Alias({name.rpartition('.')[2]}): pass) in the model and here"
             )
         known[name] = i
+        check_policy(m.pas_policy, f"{where}.pas_policy")
         if m.forward_args_gen_fn is None:
             raise ConfigError(f"{where}.forward_args_gen_fn is missing: a function (TrainerArgs) -> dict of dummy arguments of its forward")
         if m.tracing_from_weights_prefix is not None:
