@@ -30,11 +30,12 @@ def parser() -> argparse.ArgumentParser:
     p = _Parser(prog="autopar", description="Compile single-device PyTorch models to readable parallel PyTorch code.", epilog=EPILOG)
     p.add_argument("--version", action="version", version=f"autopar {__version__}")
     p.formatter_class = argparse.RawDescriptionHelpFormatter
-    commands = p.add_subparsers(dest="command", metavar="compile | show | verify | train", required=True)
+    commands = p.add_subparsers(dest="command", metavar="compile | show | verify | train | checkpoint", required=True)
     _compile(commands.add_parser("compile", help="compile a model into a folder; needs no GPU and no process group"))
     _show(commands.add_parser("show", help="what a folder of generated code holds"))
     _verify(commands.add_parser("verify", help="run all ranks in this process and compare with the model; exit code 1 if they differ"))
     commands.add_parser("train", help="train from a YAML file, on all processes of this machine", add_help=False)
+    _checkpoint(commands.add_parser("checkpoint", help="merge, convert and look at checkpoints"))
     for command in commands.choices.values():
         command.add_argument("--traceback", action="store_true", help="show where an error came from")
     return p
@@ -83,6 +84,20 @@ def _verify(p: argparse.ArgumentParser) -> None:
     _model(p)
     p.add_argument("--modes", default="train,eval", help="train, eval or both (default train,eval)")
     p.add_argument("--float64", action="store_true", help="compare in float64, to 1e-12")
+
+
+def _checkpoint(p: argparse.ArgumentParser) -> None:
+    what = p.add_subparsers(dest="what", metavar="merge | convert | show", required=True)
+    source = "a checkpoint's folder, or a merged file"
+    merge = what.add_parser("merge", help="one file, whose 'model' and 'optimizer' the original ones load; it resumes under any layout")
+    merge.add_argument("source", metavar="FOLDER", nargs="+", help=f"{source}, or the files of all its ranks")
+    merge.add_argument("out", metavar="OUT", help="the file to write")
+    convert = what.add_parser("convert", help="another form of a checkpoint")
+    convert.add_argument("source", metavar="FOLDER", help=source)
+    convert.add_argument("out", metavar="OUT", help="the file or folder to write")
+    convert.add_argument("--to", required=True, metavar="FORM", help="dcp (a folder), merged (a file) or safetensors (the weights alone)")
+    show = what.add_parser("show", help="what is in a checkpoint, or which checkpoints a folder holds")
+    show.add_argument("source", metavar="FOLDER", help=f"{source}, or a folder of checkpoints")
 
 
 def main(argv: list[str] | None = None) -> int:

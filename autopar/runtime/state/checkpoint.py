@@ -68,7 +68,7 @@ def save_checkpoint(folder: str | Path, module: nn.Module, optimizer: Any = None
 
     plan = fail_together("prepare the checkpoint", prepare)
     tmp = files.aside(folder, "saving")
-    write(tmp, plan)
+    write(tmp, plan, what=f"save {folder}")
     fail_together("finish the checkpoint", lambda: files.finish(tmp, folder, facts(module)) if rank == 0 else None)
 
 
@@ -118,10 +118,9 @@ def loadable(what: str, value: Any) -> Any:
         ) from e
 
 
-def write(tmp: Path, plan: planner.SavePlanner, group: Any = None) -> None:
+def write(tmp: Path, plan: planner.SavePlanner, group: Any = None, what: str = "") -> None:
     """Every rank's files, and DCP's metadata. NB: collective, over the group."""
     alone = _world()[1] == 1
-    what = f"save {tmp.name.removeprefix('.').removesuffix('.saving')}"
     _dcp(lambda: dcp.save({}, storage_writer=dcp.FileSystemWriter(tmp), planner=plan, process_group=group, no_dist=alone), what)
 
 
@@ -149,7 +148,7 @@ def _dcp(run: Callable[[], Any], what: str) -> None:
     except CheckpointException as e:
         causes = {str(x[0]) or type(x[0]).__name__: r for r, x in e.failures.items()}
         text = "; ".join(f"rank {r}: {t}" for t, r in causes.items())
-        raise CheckpointError(f"cannot {what}: {text}") from e
+        raise CheckpointError(f"cannot {what}: {text}" if what else text) from e
 
 
 def open_checkpoint(folder: str | Path) -> tuple[Path, dict[str, Any], dcp.Metadata]:

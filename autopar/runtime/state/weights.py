@@ -48,6 +48,8 @@ def source(given: Mapping[str, torch.Tensor] | str | Path) -> Weights:
     if isinstance(given, Mapping):
         if isinstance(given.get("autopar"), Mapping):
             kind = given["autopar"].get("kind")
+            if kind == "merged":
+                raise CheckpointError("this is a merged checkpoint; give its ['model']")
             raise CheckpointError(f"this is one rank's {kind} state dict; use load_{kind}_state_dict, or merge those of all ranks")
         shapes = {n: tuple(t.shape) for n, t in given.items() if isinstance(t, torch.Tensor)}
         return Weights("the state dict", shapes, lambda name, at: given[name][at])
