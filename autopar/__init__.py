@@ -37,6 +37,8 @@ _WHERE = {
     "load_deduped_state_dict": "autopar.runtime.state",
     "broadcast_weights": "autopar.runtime.state",
     "save_weights": "autopar.runtime.state",
+    "Trainer": "autopar.train",
+    "TrainerArgs": "autopar.train",
     "CheckpointError": "autopar.errors",
     "AutoparError": "autopar.errors",
     "ConfigError": "autopar.errors",

@@ -181,6 +181,22 @@ def together(mesh: RankMesh, kind: str) -> Iterator[Turn]:
         watch.doing, watch.inside = "", False
 
 
+@contextmanager
+def guarded(mesh: RankMesh, what: str) -> Iterator[None]:
+    """As together(), for all that surrounds the steps (data, hooks, saving), in which collectives of all ranks wait for each other."""
+    watch = Watch.get() if mesh.world_size > 1 and isinstance(mesh.join((UNITS, *mesh.names)).comm, DistComm) else None
+    try:
+        yield
+    except BaseException as e:
+        if watch is None:
+            raise
+        watch.kind, watch.group, watch.doing = "train_step", (0, mesh.world_size - 1), what
+        found = watch.explain(e)
+        if found is e:
+            raise
+        raise found from e
+
+
 class Watch:
     """This process's eye on the others. One per run."""
 
@@ -231,7 +247,7 @@ class Watch:
 
     def explain(self, e: BaseException) -> BaseException:
         """What to raise on this rank for an exception that a step ended with; the others are told."""
-        if isinstance(e, StepError) and (e.everywhere or str(e) == self.cause):
+        if (isinstance(e, StepError) and (e.everywhere or str(e) == self.cause)) or getattr(e, "_told", None) == self.group:
             return e
         if not _is_contact_lost(e):
             return self._own(e)
@@ -244,7 +260,9 @@ class Watch:
         frames = traceback.extract_tb(e.__traceback__)
         where = f" (at {frames[-1].filename}:{frames[-1].lineno})" if frames else ""
         said = "".join(traceback.format_exception_only(type(e), e)).strip()
-        e.add_note(f"on rank {self.rank}, in {self.kind} {self.step}, {self.doing}; the other ranks end with this error")
+        if not hasattr(e, "_told"):
+            e.add_note(f"on rank {self.rank}, in {self.kind} {self.step}, {self.doing}; the other ranks end with this error")
+        e._told = self.group  # type: ignore[attr-defined]
         self._post(f"rank {self.rank} failed in {self.kind} {self.step}, {self.doing}: {said}{where}")
         return e
 

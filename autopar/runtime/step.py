@@ -11,7 +11,7 @@ from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from autopar.errors import StepError
@@ -45,13 +45,13 @@ def train_step(
         outputs, losses = [], []
         for i, (sample, dummy) in enumerate(zip(samples, dummies, strict=True)):
             hold = reducer is not None and (check or i + 1 < len(samples))
-            with reducer.accumulate() if hold else nullcontext(), _leaving_no_trace(module) if dummy else nullcontext():
+            with reducer.accumulate() if hold else nullcontext(), leaving_no_trace(module) if dummy else nullcontext():
                 turn.doing(f"forward of sample {i}")
                 output, loss = _forward(module, sample)
                 scaled = loss if scale_fn is None else _scaled(scale_fn, loss)
                 turn.doing(f"backward of sample {i}")
                 scaled.backward()
-            outputs.append(_detached(output))
+            outputs.append(detached(output))
             losses.append(None if dummy else loss.detach())
         turn.doing("sum of the gradients")
         if check:
@@ -113,7 +113,7 @@ def _call(module: ParallelModule, sample: Any) -> Any:
 def _forward(module: ParallelModule, sample: Any) -> tuple[Any, Tensor]:
     """The output and the loss, its first value."""
     output = _call(module, sample)
-    loss = _first(output)
+    loss = first_value(output)
     if not isinstance(loss, Tensor) or loss.dim() or not loss.is_floating_point():
         what = f"a tensor of shape {tuple(loss.shape)} {loss.dtype}" if isinstance(loss, Tensor) else f"{loss!r:.60}"
         raise StepError(f"the first value that {type(module).__name__} returns must be the loss, one floating-point number; it is {what}")
@@ -129,7 +129,7 @@ def _scaled(scale_fn: ScaleFn, loss: Tensor) -> Tensor:
     return scaled
 
 
-def _first(output: Any) -> Any:
+def first_value(output: Any) -> Any:
     if isinstance(output, Mapping):
         return next(iter(output.values()), None)
     if isinstance(output, (tuple, list)):
@@ -139,7 +139,7 @@ def _first(output: Any) -> Any:
     return output
 
 
-def _detached(output: Any) -> Any:
+def detached(output: Any) -> Any:
     return pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, output)
 
 
@@ -153,18 +153,19 @@ def _forget_gradients(module: ParallelModule) -> None:
 
 
 @contextmanager
-def _leaving_no_trace(module: ParallelModule) -> Iterator[None]:
+def leaving_no_trace(module: nn.Module) -> Iterator[None]:
     """For a dummy batch: all collectives happen, but gradients, buffers and random numbers stay as they are, whatever is in the batch."""
     # NB: zeros instead of the gradient, not the loss times zero: zero times NaN is NaN.
     hooks = [p.register_hook(torch.zeros_like) for p in module.parameters() if p.requires_grad]
-    constants = {name for name, p in module.named_placements().items() if p.kind == "constant"}
+    constants = {name for name, p in getattr(module, "named_placements", dict)().items() if p.kind == "constant"}
     kept = []
     for path, owner in module.named_modules():
         for key, b in owner._buffers.items():
             if b is not None and f"{path}.{key}".lstrip(".") not in constants:
                 kept.append((owner, key, b, b.clone()))
     try:
-        with torch.random.fork_rng([module.device] if module.device.type == "cuda" else []):
+        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             yield
     finally:
         for hook in hooks:
