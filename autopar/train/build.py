@@ -19,7 +19,7 @@ from autopar.runtime.mixed import mixed_precision
 from autopar.runtime.module import ParallelModule
 from autopar.runtime.optimizer import ParallelOptimizer, build_optimizer
 from autopar.train.args import HookMapConfig, TrainerArgs
-from autopar.train.components import create, locate, resolve
+from autopar.train.components import check_call, create, locate, resolve
 from autopar.train.modelling import cast_input, make_model, model_class
 
 if TYPE_CHECKING:
@@ -67,13 +67,10 @@ def make_optimizer(args: TrainerArgs, model: nn.Module) -> ParallelOptimizer:
     o = args.optimizer
     make = locate(o.type, "optimizer.type")
     own = {k: resolve(v, f"optimizer.args.{k}") for k, v in o.args.items()}
+    check_call(make, own, "optimizer.args", (None,), {})
     groups = locate(o.param_group_fn, "optimizer.param_group_fn") if o.param_group_fn else None
     config = next((m.compute_config for m in model.modules() if isinstance(m, ParallelModule)), args.compute_config)
-
-    def construct(params: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        return create(make, {}, "optimizer.args", params, **kwargs)
-
-    return build_optimizer(model, mixed_precision(construct) if o.master_weights else construct, config, param_group_fn=groups, **own)
+    return build_optimizer(model, mixed_precision(make) if o.master_weights else make, config, param_group_fn=groups, **own)
 
 
 def make_lr_scheduler(args: TrainerArgs, optimizer: Any) -> Any | None:

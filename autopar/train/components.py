@@ -30,7 +30,7 @@ def create(make: Callable[..., Any], args: Mapping[str, Any], where: str, *first
     Raises ConfigError for arguments that do not fit; an error inside of the component says which one it was.
     """
     own = {k: resolve(v, f"{where}.{k}") for k, v in args.items()}
-    _check_call(make, own, where, first, given)
+    check_call(make, own, where, first, given)
     try:
         return make(*first, **{**own, **given})
     except AutoparError:
@@ -73,7 +73,8 @@ def _cast(value: Mapping[str, Any], where: str) -> Any:
         raise ConfigError(f"{where}: {kind}({given!r:.60}) failed: {e}") from e
 
 
-def _check_call(make: Callable[..., Any], own: Mapping[str, Any], where: str, first: tuple[Any, ...], given: Mapping[str, Any]) -> None:
+def check_call(make: Callable[..., Any], own: Mapping[str, Any], where: str, first: tuple[Any, ...], given: Mapping[str, Any]) -> None:
+    """Raise ConfigError where make(*first, **own, **given) cannot be called, naming the nearest argument."""
     try:
         signature = inspect.signature(make)
     except (ValueError, TypeError):
