@@ -21,6 +21,7 @@ from autopar.driver import compile_to, parallelize
 from autopar.errors import ConfigError, suggest
 from autopar.runtime.groups import alone, fail_together, init, local_device
 from autopar.runtime.launch import distribute
+from autopar.runtime.module import ParallelModule
 from autopar.train.checks import check_policy
 from autopar.train.components import create, locate, resolve
 
@@ -154,21 +155,24 @@ def _with_parallel_parts(args: TrainerArgs, model: nn.Module) -> nn.Module | Non
     if args.tracing_from_weights and not any(p.tracing_from_weights_prefix is not None for p in parts):
         load_weights(model, args.tracing_from_weights, "tracing_from_weights")
     places = list(_places(model, classes))
-    inside: set[int] = set()
     for cls, part, compiled, where in zip(classes, parts, compiles, wheres, strict=True):
         mine = [p for p in places if type(p.module) is cls]
         if not mine:
             names = {type(m).__qualname__ for m in model.modules()} - {type(model).__qualname__}
             raise ConfigError(f"{where}.type: the model has no part of the class {cls.__qualname__}: {suggest(cls.__qualname__, names)}")
-        for p in {id(p.module): p for p in mine}.values():
+        first: dict[int, _Place] = {}
+        for p in mine:
+            first.setdefault(id(p.module), p)
+        for p in first.values():
             _check_like_args(part, cls, p, where)
             _own_weights(args, part, p.module, where)
             convert(p.module, args.precision if part.precision is None else part.precision)
-            inside |= {id(t) for t in [*p.module.parameters(), *p.module.buffers()]}
         dummy = cast_input(args, part)(_forward_args(args, part, where))
         _replace(mine, cls, compiled, dummy)
     if args.run_mode == "compile":
         return None
+    parallel = [m for m in model.modules() if isinstance(m, ParallelModule)]
+    inside = {id(t) for m in parallel for t in [*m.parameters(), *m.buffers()]}
     return convert(model, args.precision, skip=inside).to(local_device())
 
 
@@ -238,7 +242,8 @@ def _check_like_args(part: ModuleParallelizeConfig, cls: type[nn.Module], place:
 
 
 def _forward_args(args: TrainerArgs, part: ModuleParallelizeConfig, where: str) -> Mapping[str, Any]:
-    made = locate(part.forward_args_gen_fn, f"{where}.forward_args_gen_fn")(args)
+    with torch.random.fork_rng(devices=[]):  # dummy values are no part of the run
+        made = locate(part.forward_args_gen_fn, f"{where}.forward_args_gen_fn")(args)
     if not isinstance(made, Mapping):
         raise ConfigError(f"{where}.forward_args_gen_fn returned {type(made).__name__}; it must return a dict: argument name to value")
     return made
