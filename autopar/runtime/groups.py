@@ -4,7 +4,9 @@ Must not know modules. The only file that starts torch.distributed.
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 import time
 import traceback
 from collections import defaultdict
@@ -48,7 +50,14 @@ def init(timeout: float = TIMEOUT) -> torch.device:
             dist.init_process_group("nccl", timeout=limit, device_id=device)
         else:
             dist.init_process_group("gloo", timeout=limit)
+        atexit.register(_end)
     return local_device()
+
+
+def _end() -> None:
+    """Where the user's script has not done so. NB: a thread of gloo that lets go of a tensor while Python ends aborts the process."""
+    if dist.is_initialized() and not hasattr(sys, "last_value"):  # NB: after an error others may still wait in a collective
+        dist.destroy_process_group()
 
 
 def alone() -> bool:
