@@ -1,5 +1,5 @@
-"""Models, data sets and hooks for tests of the trainer, and the configurations that name them.
-Must not import the trainer at the top: what is tested is imported by the tests.
+"""Models, data sets and hooks for tests of the trainer, the configurations that name them, and the same training in plain PyTorch.
+Must not know what is tested.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, DistributedSampler, IterableDataset, default_collate
+
+from autopar.train.hooks import TrainHook
 
 NAME = __name__
 B, T, VOCAB = 3, 5, 32  # of the byte model: all different
@@ -58,7 +60,7 @@ class TinyGPT(nn.Module):
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, dim=-1))
         x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
         logits = self.head(x + self.mlp(x))
-        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
 
 
 class SumTokens(nn.Module):
@@ -184,7 +186,7 @@ class StatefulLoader:
             mine = indices[self.at * self.batch_size : (self.at + 1) * self.batch_size]
             self.at += 1
             self.read += 1
-            yield torch.utils.data.default_collate([self.dataset[i] for i in mine])
+            yield default_collate([self.dataset[i] for i in mine])
         self.at = 0
 
     def state_dict(self) -> dict[str, int]:
@@ -222,3 +224,70 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         old = out.get(key)
         out[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return out
+
+
+# -- hooks
+
+
+class Recorder(TrainHook):
+    """Keeps what a step reports, on every rank: .losses, .norms, .lrs by step; .val by the number of finished steps."""
+
+    last: Recorder
+
+    def __init__(self):
+        Recorder.last = self
+        self.losses, self.norms, self.lrs, self.val, self.counts = [], [], [], {}, []
+
+    def on_step_end(self, trainer, epoch, idx, step_metrics, aggregated_outputs):
+        self.losses.append(step_metrics.train_loss)
+        self.norms.append(step_metrics.gnorm)
+        self.lrs.append(step_metrics.lr)
+        self.counts.append(aggregated_outputs.num_batches)
+
+    def on_val_end(self, trainer, val_loss):
+        self.val[trainer.train_status.finished_train_steps] = val_loss
+
+
+def train(args: dict[str, Any]) -> Any:
+    """(the trainer after its run, a Recorder of it). For one rank of run_processes, or alone."""
+    from autopar.train import Trainer
+
+    trainer = Trainer({**args, "hook": {"type": Recorder, "args": {}}} if "hook" not in args else args)
+    trainer.run()
+    return trainer, getattr(Recorder, "last", None)
+
+
+# -- the same in plain PyTorch
+
+
+def windows(dataset, *, units: int, micro: int, accumulation: int, epoch: int, shuffle: bool):
+    """Of one epoch, for each step the micro batches of all scale units."""
+    samplers = [DistributedSampler(dataset, units, u, shuffle=shuffle) for u in range(units)]
+    per_unit = []
+    for sampler in samplers:
+        sampler.set_epoch(epoch)
+        order = list(sampler)
+        per_unit.append([default_collate([dataset[i] for i in order[k : k + micro]]) for k in range(0, len(order), micro)])
+    for k in range(0, len(per_unit[0]), accumulation):
+        yield [b for batches in per_unit for b in batches[k : k + accumulation]]
+
+
+def train_plain(model, optimizer, dataset, *, steps: int, units=1, micro=2, accumulation=1, shuffle=False, clip=None, cast=None):
+    """Losses and norms of a hand-written loop: the gradient of a step is the mean over its micro batches."""
+    losses, norms, epoch = [], [], 0
+    while len(losses) < steps:
+        for batches in windows(dataset, units=units, micro=micro, accumulation=accumulation, epoch=epoch, shuffle=shuffle):
+            optimizer.zero_grad()
+            total = 0.0
+            for batch in batches:
+                out = model(batch if cast is None else {k: v.to(cast) if v.is_floating_point() else v for k, v in batch.items()})
+                loss = out[0] if isinstance(out, tuple) else out
+                (loss / len(batches)).backward()
+                total += loss.item()
+            norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), clip or float("inf")).item())
+            optimizer.step()
+            losses.append(total / len(batches))
+            if len(losses) == steps:
+                break
+        epoch += 1
+    return losses, norms

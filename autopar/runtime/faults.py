@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from autopar.errors import StepError
+from autopar.errors import AutoparError, StepError
 from autopar.runtime import axis as axis_module
 from autopar.runtime.axis import Axis, DistComm
 from autopar.runtime.groups import TIMEOUT
@@ -357,7 +357,7 @@ class Watch:
 
 def _is_contact_lost(e: BaseException) -> bool:
     """Whether a collective failed, and not what the user's code does in a step."""
-    if not isinstance(e, (RuntimeError, OSError)) or isinstance(e, StepError):
+    if not isinstance(e, (RuntimeError, OSError)) or isinstance(e, AutoparError):
         return False
     frames = traceback.extract_tb(e.__traceback__)
     return bool(_TRANSPORT.search(str(e)) or (frames and _INSIDE.search(frames[-1].filename)))
