@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from autopar.config import ComputeConfig
 from autopar.errors import VerifyError
+from autopar.ir.graph import Graph
 from autopar.ir.mesh import Mesh
 from autopar.ir.types import Type, nesting
 from autopar.progress import stage
@@ -97,6 +98,9 @@ def verify(
 
     modes: of 'train' and 'eval'; None: both, or the one of the module where the generated code refuses the other.
 
+    tolerance: None: by the dtype of each tensor, or by the coarsest in which the model computes (autocast): a sum in bfloat16 that is
+    split rounds otherwise. A float64 module is compared to 1e-12 even then, because autocast leaves float64 alone.
+
     Returns the report; raises whatever compiling raises. `report.check()` raises VerifyError on a difference.
     """
     from autopar.driver import compile_module
@@ -121,6 +125,7 @@ def verify_compiled(
     from autopar.runtime import inproc
 
     program = compiled.program
+    tolerance = tolerance or _coarsest(compiled.graph)
     differences: list[Difference] = []
     counted: dict[str, int] = {}
     if modes is None:
@@ -265,6 +270,12 @@ def _difference(what: str, mode: str, rank: int, want: Tensor | None, got: Tenso
     scale = max(floor, float(finite.abs().max())) if finite.numel() else floor
     error = float(torch.where(same, 0.0, (a - b).abs() / scale).max())
     return Difference(what, mode, rank, error, limit)
+
+
+def _coarsest(graph: Graph) -> float | None:
+    """The tolerance of bfloat16 or float16 where the model computes in it anywhere; None where it does not."""
+    found = {getattr(torch, v.dtype, None) for b in graph.blocks.values() for v in b.values}
+    return max((TOLERANCE[d] for d in found & {torch.bfloat16, torch.float16}), default=None)
 
 
 def _worst_per_tensor(differences: list[Difference]) -> tuple[Difference, ...]:
