@@ -1,11 +1,12 @@
-"""`make demo`: train the GPT once as plain PyTorch and once as generated code on two processes, and compare the losses.
-Must not import torch: it only launches the two runs and reads their logs.
+"""`make demo`: train the GPT as plain PyTorch, then with `autopar train` on two processes, go on with that on one, and compare the losses.
+Must not import torch: it only launches the runs and reads their logs.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,56 +17,64 @@ from statistics import median
 from tqdm import tqdm
 
 HERE = Path(__file__).parent
-STEPS = 30
+RUN = Path("runs/gpt")  # as gpt.yaml says
+STEPS, RESUMED_AT = 30, 20
 
 
-def run(title: str, command: list[str], log: Path) -> list[dict]:
+def run(title: str, command: list[str], log: Path, first: int, last: int) -> list[dict]:
     """Run a training command with a progress bar fed by its log. Exits with the command's output if it fails."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    print(f"{title}: {' '.join(c.replace(sys.executable, 'python') for c in command)}", flush=True)
     rows: list[dict] = []
     with tempfile.TemporaryFile("w+") as output:
-        arguments = ["--steps", str(STEPS), "--losses", str(log)]
-        process = subprocess.Popen([*command, *arguments], env=env, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=output, stderr=subprocess.STDOUT)
         quiet = not sys.stderr.isatty()
-        with tqdm(total=STEPS, desc=title, unit="step", disable=quiet) as bar:
-            shown = 0
-            while True:
+        with tqdm(total=last - first + 1, desc=title, unit="step", disable=quiet) as bar:
+            done = False
+            while not done:
                 done = process.poll() is not None
-                # NB: the last line may be half written.
-                lines = log.read_text().split("\n")[:-1] if log.exists() else []
-                rows = [json.loads(line) for line in lines]
-                for row in rows[shown:]:
-                    bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
+                new = [r for r in read(log) if first <= r["step"] <= last][len(rows) :]
+                for row in new:
+                    bar.set_postfix(loss=f"{row['train_loss']:.4f}", refresh=False)
                     bar.update()
                     if quiet and row["step"] % 10 == 0:
-                        print(f"{title}: step {row['step']} of {STEPS}, loss {row['loss']:.4f}", flush=True)
-                shown = len(rows)
-                if done:
-                    break
-                time.sleep(0.2)
+                        print(f"{title}: step {row['step']} of {last}, loss {row['train_loss']:.4f}", flush=True)
+                rows += new
+                time.sleep(0 if done else 0.2)
         output.seek(0)
         text = output.read()
-    if process.returncode:
+    if process.returncode or len(rows) != last - first + 1:
         sys.exit(f"{title} failed with exit code {process.returncode}:\n{text}")
-    print(f"{title}: {text.strip().splitlines()[-1]}")
     return rows
 
 
+def read(log: Path) -> list[dict]:
+    """The training steps in a log. NB: its last line may be half written."""
+    lines = log.read_text().split("\n")[:-1] if log.exists() else []
+    return [row for row in map(json.loads, lines) if "train_loss" in row]
+
+
 def main() -> None:
-    savedir = Path(".autopar")
-    with tempfile.TemporaryDirectory() as tmp:
-        train = str(HERE / "train.py")
-        plain = run("plain PyTorch, 1 process", [sys.executable, train], Path(tmp, "plain.jsonl"))
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", train]
-        split = run("generated code, 2 processes", [*launch, "--gen-savedir", str(savedir)], Path(tmp, "split.jsonl"))
-    print(f"\n{'step':>4} {'plain':>12} {'generated':>12} {'difference':>11}")
-    for a, b in zip(plain, split, strict=True):
-        print(f"{a['step']:>4} {a['loss']:>12.6f} {b['loss']:>12.6f} {abs(a['loss'] - b['loss']):>11.1e}")
-    worst = max(abs(a["loss"] - b["loss"]) for a, b in zip(plain, split, strict=True))
+    shutil.rmtree(RUN, ignore_errors=True)
+    RUN.mkdir(parents=True)
+    train = [sys.executable, "-m", "autopar", "train", "-f", str(HERE / "gpt.yaml")]
+    log = RUN / "log.jsonl"
+    plain = [sys.executable, str(HERE / "plain.py"), "--steps", str(STEPS), "--losses", str(RUN / "plain.jsonl")]
+    want = run("plain PyTorch, 1 process", plain, RUN / "plain.jsonl", 1, STEPS)
+    two = run("autopar, 2 processes", [*train, "--max_train_steps", str(RESUMED_AT)], log, 1, RESUMED_AT)
+    one = run("autopar, resumed on 1 process", [*train, "-f", str(HERE / "one.yaml")], log, RESUMED_AT + 1, STEPS)
+
+    print(f"\n{'step':>4} {'plain':>12} {'autopar':>12} {'difference':>11}")
+    rows = list(zip(want, two + one, strict=True))
+    for a, b in rows:
+        if b["step"] in (1, RESUMED_AT + 1):
+            print(f"     -- {'2 processes' if b['step'] == 1 else 'resumed on 1 process'} --")
+        print(f"{a['step']:>4} {a['train_loss']:>12.6f} {b['train_loss']:>12.6f} {abs(a['train_loss'] - b['train_loss']):>11.1e}")
+    worst = max(abs(a["train_loss"] - b["train_loss"]) for a, b in rows)
     print(f"\nlargest difference {worst:.1e}")
-    for name, rows in (("plain, 1 process", plain), ("generated, 2 processes", split)):
-        print(f"{name}: {median(r['tokens_per_s'] for r in rows):,.0f} tokens/s")
-    print("generated code:", *sorted(str(p) for p in savedir.glob("model.GPT/_/model.py")))
+    for name, steps in (("plain, 1 process", want), ("autopar, 2 processes", two), ("autopar, 1 process", one)):
+        print(f"{name}: {median(r['tokens_per_s'] for r in steps):,.0f} tokens/s")
+    print("generated code:", *sorted(str(p) for p in Path(".autopar").glob("model.GPT/*/model.py")))
+    print("checkpoints:", *sorted(p.name for p in (RUN / "checkpoints").iterdir()))
     if not worst < 1e-3:
         sys.exit("the losses differ by more than float32 rounding explains")
 

@@ -1,4 +1,4 @@
-"""A byte-level GPT in plain PyTorch, for one device, and batches from the Python standard library's own source files.
+"""A byte-level GPT in plain PyTorch, for one device, and a dataset of the Python standard library's own source files.
 Must not know that autopar exists.
 """
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 BYTES, LAYERS, WIDTH, HEADS, SEQ, BATCH = 256, 4, 256, 8, 128, 8
 
@@ -61,12 +62,13 @@ class GPT(nn.Module):
         if isinstance(m, (nn.Linear, nn.Embedding)):
             nn.init.normal_(m.weight, std=0.02)
 
-    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        ids = batch["ids"]
         x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device))
         for block in self.blocks:
             x = block(x)
         logits = self.head(self.norm(x))
-        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
 
 
 def corpus(limit: int = 2_000_000) -> Tensor:
@@ -76,12 +78,20 @@ def corpus(limit: int = 2_000_000) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8).long()
 
 
-def batch(data: Tensor, step: int) -> dict[str, Tensor]:
-    """BATCH windows of SEQ bytes; the same for the same step in every process."""
-    gen = torch.Generator().manual_seed(step)
-    starts = torch.randint(0, len(data) - SEQ - 1, (BATCH,), generator=gen)
-    rows = torch.stack([data[s : s + SEQ + 1] for s in starts.tolist()])
-    return {"ids": rows[:, :-1].contiguous(), "labels": rows[:, 1:].contiguous()}
+class Bytes(Dataset):
+    """Windows of SEQ bytes of the corpus that do not overlap; every tenth is kept for validation."""
+
+    def __init__(self, train: bool = True) -> None:
+        self.data = corpus()
+        windows = range((len(self.data) - 1) // SEQ)
+        self.windows = [w for w in windows if (w % 10 != 9) == train]
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        start = self.windows[index] * SEQ
+        return {"ids": self.data[start : start + SEQ], "labels": self.data[start + 1 : start + SEQ + 1]}
 
 
 def build(seed: int = 0) -> GPT:
@@ -89,6 +99,7 @@ def build(seed: int = 0) -> GPT:
     return GPT()
 
 
-def inputs() -> dict[str, Tensor]:
+def inputs() -> dict[str, dict[str, Tensor]]:
     """Dummy arguments of forward, for `autopar compile examples/gpt/model.py:build --inputs inputs`."""
-    return batch(corpus(), 0)
+    rows = [Bytes()[i] for i in range(BATCH)]
+    return {"batch": {name: torch.stack([r[name] for r in rows]) for name in rows[0]}}
