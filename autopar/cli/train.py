@@ -34,7 +34,10 @@ _HERE = {"--print-config": 0, "--traceback": 0, "--max-restarts": 1, "-h": 0, "-
 
 
 def main(argv: list[str] | None = None, *, launch: bool = False) -> int:
-    """Train, and return the exit code. launch: start the processes that the configuration asks for, unless this is one of them."""
+    """Train, and return the exit code: 2 for an error of autopar, 1 for any other.
+
+    launch: start the processes that the configuration asks for, unless this is one of them.
+    """
     words, options = _split(sys.argv[1:] if argv is None else argv)
     if (not words and not options) or {"-h", "--help"} & set(options):
         print(USAGE, end="")
@@ -58,7 +61,7 @@ def main(argv: list[str] | None = None, *, launch: bool = False) -> int:
         if "--traceback" in options or not isinstance(e, AutoparError):
             traceback.print_exc()
         sys.stderr.write(f"autopar: error: {rank}{one_line(e)}\n")
-        return 2 if isinstance(e, ConfigError) else 1
+        return 2 if isinstance(e, AutoparError) else 1
 
 
 def _split(argv: list[str]) -> tuple[list[str], dict[str, str]]:
