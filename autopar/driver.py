@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import logging
 import shutil
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -198,8 +199,15 @@ def parallelize(
         raise ConfigError(f"module_dtype is {module_dtype!r:.60}; it must be a floating torch.dtype")
     settings: dict[str, Any] = {"gen_savedir": gen_savedir, "reuse": reuse, "instance_name": instance_name}
 
+    is_class = isinstance(module, type)
+    # NB: the class of the result lives on, and must not keep all weights of a module that the user has let go.
+    kept = (lambda given=module: given) if is_class or not isinstance(module, nn.Module) else weakref.ref(module)
+
     def make() -> nn.Module:
-        return _converted(_instance(module, module_fn), module_dtype, given=not isinstance(module, type))
+        found = kept()
+        if found is None:
+            raise ConfigError("the module that was parallelised is gone, and its initialisation with it; parallelize it again")
+        return _converted(_instance(found, module_fn), module_dtype, given=not is_class)
 
     if not load_module:
         return compile_to(make(), dummy_forward_args, pas_policy, config, **settings)
@@ -224,7 +232,7 @@ def parallelize(
     ask_rank0 = strategy in (BroadcastStrategy.NO_WEIGHTS, BroadcastStrategy.CODE)
     sources = {"init_params": init_module_params, "weights": weights, "original": original, "ask_rank0": ask_rank0}
     made = load_class(here, units=config.units, config=config, device=device, timeout=timeout, **sources)
-    return made if isinstance(module, type) else made()
+    return made if is_class else made()
 
 
 def _converted(module: nn.Module, dtype: torch.dtype | None, *, given: bool) -> nn.Module:

@@ -4,7 +4,9 @@ Must not know generated code."""
 from __future__ import annotations
 
 import copy
+import gc
 import random
+import weakref
 from dataclasses import dataclass
 
 import pytest
@@ -80,6 +82,16 @@ def test_nothing_of_the_users_is_changed(tmp_path):
         assert local.get_parameter(local.named_aliases().get(n, n)).data_ptr() != p.data_ptr()
     local(**args)["loss"].backward()
     assert all(p.grad is None for p in module.parameters())
+
+
+def test_the_module_given_can_be_let_go(tmp_path):
+    """What parallelize returns does not keep the whole weights alive."""
+    module = MLP()
+    gone = weakref.ref(module)
+    local = parallelize(module, X, "dp", gen_savedir=tmp_path)
+    del module
+    gc.collect()
+    assert gone() is None and local(**X).requires_grad
 
 
 @pytest.mark.parametrize("training", [True, False])
