@@ -12,7 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from autopar.errors import CheckpointError
+from autopar.errors import CheckpointError, LayoutError
 from autopar.runtime.groups import fail_together
 from autopar.runtime.state import checkpoint, merge, ranks
 from autopar.runtime.state.generators import restore
@@ -20,6 +20,7 @@ from autopar.train.files import MERGED
 from autopar.train.merged import Source, join, open_source, part
 
 log = logging.getLogger("autopar")
+_ANOTHER = ("another plan", "sharded in another way", "(optimizer state) as this rank holds it")  # in what ranks.py says
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def _load_merged(source: Source, module: Any, optimizer: Any) -> Loaded:
         # NB: with ZeRO this is collective inside, after what may fail: names and shapes, which are the same on all ranks.
         merge_in = merge.load_merged_state_dict
         fail_together("load the checkpoint", lambda: merge_in(module, state, optimizer, None if optimizer is None else optim))
-    except CheckpointError as e:
+    except (CheckpointError, LayoutError) as e:
         raise _of(source, e) from e
     return _elsewhere(source.trainer, module)
 
@@ -115,15 +116,15 @@ def _load_own(source: Source, module: Any, optimizer: Any) -> Loaded:
             ranks.load_deduped_state_dict(module, state, optimizer)
         else:
             fail_together("load the checkpoint", lambda: ranks.load_sharded_state_dict(module, state, optimizer))
-    except CheckpointError as e:
+    except (CheckpointError, LayoutError) as e:  # NB: LayoutError where another rank has failed
         raise _of(source, e) from e
     own = part(join([state["trainer"]]), 0)
     return _loaded(own, True, state["random"])
 
 
-def _of(source: Source, e: CheckpointError) -> CheckpointError:
+def _of(source: Source, e: Exception) -> CheckpointError:
     text = str(e)
-    if source.kind != "merged" and ("another plan" in text or "sharded in another way" in text):
+    if any(sign in text for sign in _ANOTHER):
         return CheckpointError(f"{source.path} is of another layout: {text.partition('; ')[0]}. {_merge_first(source)}")
     return CheckpointError(text.replace("the state dict", str(source.path), 1))
 
