@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-import train_cases as cases
 from torch import nn
 from torch.utils.data import DistributedSampler, SequentialSampler
 
@@ -22,6 +21,7 @@ from autopar.train.args import TrainerArgs
 from autopar.train.components import create, locate, resolve
 from autopar.train.hooks import HookMap, TrainHook
 from autopar.train.modelling import convert
+from tests import train_cases as cases
 
 HERE = __name__
 
@@ -307,7 +307,9 @@ def test_hooks(tmp_path):
     assert seen == [(5, 1), ("map", 2)]
     with pytest.raises(ConfigError, match=r"made a Point; it must be a subclass of autopar.train.TrainHook"):
         build.make_hook(args(tmp_path, hook={"type": f"{HERE}.Point", "args": {"x": 1}}))
-    with pytest.raises(ConfigError, match=r"hook.on_epoch_end 'train_cases.nothing': train_cases was imported, but it has no 'nothing'"):
+    with pytest.raises(
+        ConfigError, match=r"hook.on_epoch_end 'tests.train_cases.nothing': tests.train_cases was imported, but it has no 'nothing'"
+    ):
         build.make_hook(args(tmp_path, hook={"on_epoch_end": f"{cases.NAME}.nothing"}))
 
 
@@ -384,9 +386,9 @@ def test_reuse_and_modes(tmp_path, monkeypatch):
         a = args(tmp_path, run_mode="compile", pas_policy="tp", compute_config=config, model={"args": {"nlayers": layers}})
         assert model_of(a) is None
     made = list(folder.rglob("rank1.py"))
-    assert len(made) == 1 and made[0].parent.parent.name == "train_cases.MLP"
+    assert len(made) == 1 and made[0].parent.parent.name == "tests.train_cases.MLP"
     model_of(args(tmp_path, instance_name="other"))
-    assert (folder / "train_cases.MLP/other/model.py").exists()
+    assert (folder / "tests.train_cases.MLP/other/model.py").exists()
     model_of(args(tmp_path, gen_reuse="override"))
 
 

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import train_cases as cases
-from procs import run_processes
 
 from autopar.cli import train
 from autopar.cli.main import main
+from tests import train_cases as cases
+from tests.procs import run_processes
 
 ROOT = Path(__file__).parent.parent
 AUTOPAR = [sys.executable, "-m", "autopar", "train"]
@@ -29,9 +29,9 @@ seed: 7
 micro_batch_size: 2
 grad_accumulation_steps: 2
 max_epochs: 5
-model: {type: train_cases.MLP, args: {dim: 16}}
+model: {type: tests.train_cases.MLP, args: {dim: 16}}
 optimizer: {type: torch.optim.SGD, args: {lr: 0.1}}
-dataset: {type: train_cases.SimpleDataset, train_args: {dim: $(model.args.dim), size: 10}}
+dataset: {type: tests.train_cases.SimpleDataset, train_args: {dim: $(model.args.dim), size: 10}}
 dataset_sampler: {train_args: {shuffle: false}}
 log: [{type: JsonLinesLogger, args: {path: log.jsonl}}]
 checkpoint: {no_save: true}
@@ -78,7 +78,7 @@ def test_a_run_from_yaml_and_the_command_line(folder, command):
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [r["train_loss"] for r in rows if r["tag"] == "train"] == pytest.approx(plain_losses(8, 2), abs=1e-5)
-    assert (folder / ".autopar/train_cases.MLP/_/rank1.py").exists()
+    assert (folder / ".autopar/tests.train_cases.MLP/_/rank1.py").exists()
 
 
 @pytest.mark.procs
@@ -109,7 +109,7 @@ def test_compile_needs_no_processes(folder, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.delenv("RANK", raising=False)
     assert main(["train", "-f", "run.yaml", "--run_mode", "compile", "--compute_config.runtime_ngpus", "6"]) == 0
-    assert (folder / ".autopar/train_cases.MLP/_/rank1.py").exists() and not (folder / "log.jsonl").exists()
+    assert (folder / ".autopar/tests.train_cases.MLP/_/rank1.py").exists() and not (folder / "log.jsonl").exists()
 
 
 @pytest.mark.procs

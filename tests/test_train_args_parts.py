@@ -4,14 +4,14 @@ Must not know the loop: models are built and stepped here.
 
 import pytest
 import torch
-import train_cases as cases
-from procs import run_processes
 from torch import nn
 
 from autopar.errors import AutoparError, ConfigError
 from autopar.runtime.module import ParallelModule
 from autopar.train import build
 from autopar.train.args import TrainerArgs
+from tests import train_cases as cases
+from tests.procs import run_processes
 
 HERE = __name__
 LAYER = {"type": f"{cases.NAME}.Layer", "forward_args_gen_fn": f"{cases.NAME}.layer_args"}
