@@ -10,6 +10,7 @@ from autopar.errors import AutoparError, ConfigError
 from autopar.runtime.module import ParallelModule
 from autopar.train import build
 from autopar.train.args import TrainerArgs
+from autopar.train.modelling import _Compile
 from tests import train_cases as cases
 from tests.procs import run_processes
 
@@ -142,6 +143,15 @@ def test_a_part_compiles_with_the_merged_configuration(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "build_optimizer", lambda model, make, config, **kwargs: seen.append(config))
     build.make_optimizer(a, model)
     assert seen == [config], "the optimizer sums gradients as the parts say"
+
+
+def test_own_strategy_and_reuse(tmp_path):
+    own = {"broadcast_strategy": "code", "gen_reuse": "graph", "gen_savedir": "x", "instance_name": "y", "pas_policy": "data"}
+    a = args(tmp_path, LAYER, LAYER | own, broadcast_strategy="no_weights", gen_reuse="override", instance_name="z")
+    first, second = (_Compile.of(a, part) for part in a.model.parallel_modules)
+    assert (first.broadcast_strategy, first.reuse, first.gen_savedir) == ("no_weights", "override", str(tmp_path / "gen"))
+    assert (first.instance_name, first.policy) == ("z", "tp")
+    assert {k: getattr(second, {"gen_reuse": "reuse", "pas_policy": "policy"}.get(k, k)) for k in own} == own
 
 
 def test_parts_that_differ_get_code_of_their_own(tmp_path):
