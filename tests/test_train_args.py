@@ -3,6 +3,8 @@ Must not know how a run is trained; nothing here makes a model.
 """
 
 import re
+import subprocess
+import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
 
@@ -302,7 +304,7 @@ def test_what_yaml_aliases_share_is_changed_in_one_place(tmp_path):
         ("--compute_config.plan_ngpus 3", "runtime_ngpus 4 is not a multiple of plan_ngpus 3; use for example 3"),
         ("--compute_config.inference_only", "inference_only is true: the model cannot be trained"),
         # the command line itself
-        ("max_epochs 2", "unexpected word 'max_epochs' on the command line; settings are `--key value`"),
+        ("max_epochs 2", "unexpected word 'max_epochs' on the command line; settings are `--key value`, files `-f config.yaml`"),
         ("--seed 1 2", "unexpected word '2'"),
         ("-f", "-f needs the path of a YAML file"),
         ("--log.5.type x", ": log ("),
@@ -458,6 +460,13 @@ def test_command_errors_are_one_line(file, capsys):
     assert not out and err.count("\n") == 1 and err.startswith("autopar: error: max_epoch (command line): unknown key")
     assert main(["-f", str(file), "--max_epoch", "2", "--traceback"]) == 2
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.procs
+def test_settings_are_read_without_torch(file):
+    script = f"import sys; from autopar.cli.train import main; code = main(['-f', {str(file)!r}, '--seed', 'x']); "
+    script += "sys.exit(code != 2 or 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], stderr=subprocess.DEVNULL).returncode == 0
 
 
 def test_help_of_the_command(capsys):

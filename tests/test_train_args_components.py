@@ -326,6 +326,32 @@ def test_environment(tmp_path):
     assert args(tmp_path, seed=None, init_env_fn=f"{HERE}.seed_it").spec().seed is None
 
 
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("model.type", "no.such"),
+        ("model.parallel_modules", [{"type": f"{cases.NAME}.Layer", "forward_args_gen_fn": "no.such"}]),
+        ("optimizer.type", "no.such"),
+        ("optimizer.param_group_fn", "no.such"),
+        ("optimizer.aggregate_outputs_fn", "no.such"),
+        ("dataset.type", "no.such"),
+        ("dataloader.type", "no.such"),
+        ("dataset_sampler.type", "no.such"),
+        ("lr_scheduler.type", "no.such"),
+        ("log", [{"type": "JsonLinesLogger"}, {"type": "no.such"}]),
+        ("hook.on_train_end", "no.such"),
+        ("hook.type", "no.such"),
+        ("pas_policy", "no.such"),
+        ("init_env_fn", "no.such"),
+    ],
+)
+def test_names_are_looked_up_before_anything_is_made(tmp_path, key, value):
+    first, _, second = key.partition(".")
+    a = args(tmp_path, **{first: {second: value} if second else value})
+    with pytest.raises(ConfigError, match=rf"^{key}[^ ]* 'no.such': there is no module 'no'"):
+        build.init_env(a, None)
+
+
 def test_aggregate_function(tmp_path):
     assert build.aggregate_fn(args(tmp_path)) is None
     a = args(tmp_path, optimizer={"grad_reduction": "per-token-mean", "aggregate_outputs_fn": f"{cases.NAME}.count_tokens_fn"})

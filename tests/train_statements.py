@@ -44,6 +44,8 @@ STATEMENTS = [
     ("args.names", "Types and functions are given by qualified names, and the trainer makes the objects",
      "build:test_names_that_import build:test_datasets build:test_optimizers", ""),
     ("args.example", "A model is described by its type and its arguments", "build:test_a_model_has_the_weights_of_its_class", ""),
+    ("args.early", "Functions and types are passed as fully qualified names",
+     "build:test_names_that_do_not build:test_names_are_looked_up_before_anything_is_made", ""),
     ("args.set-for-you", "Some arguments of components are set by the trainer", "build:test_samplers build:test_dataloaders", ""),
     ("args.ignored", "dataset, num_replicas and rank among the sampler's arguments are ignored, for training and validation",
      "build:test_samplers", "with a warning"),
@@ -92,7 +94,7 @@ STATEMENTS = [
     # -- optimizer
     ("optimizer.type", "A class or a factory function; its first parameter takes the parameters", "build:test_optimizers", ""),
     ("optimizer.args", "The optimizer's other arguments", "build:test_optimizers", ""),
-    ("optimizer.clip", "Gradients are clipped to clip_gnorm", "loop:test_clip_gnorm", ""),
+    ("optimizer.clip", "Gradients are clipped to clip_gnorm", "plain:test_losses_of_20_steps", ""),
     ("optimizer.no-clip", "clip_gnorm 0.0 or None: no clipping", "args:test_of_takes_args_dict_path_and_words args:test_command_line", ""),
     ("optimizer.loss-mean", "loss_reduction mean: the average over all micro batches; the default", "loop:test_loss_and_grad_reduction", ""),
     ("optimizer.loss-sum", "loss_reduction sum: the sum over all micro batches", "loop:test_loss_and_grad_reduction", ""),
@@ -241,6 +243,8 @@ STATEMENTS = [
     ("cli.yaml", "The YAML file has the keys of TrainerArgs", "args:test_of_takes_args_dict_path_and_words", ""),
     ("cli.override", "--max_epochs 2 overrides the file", "args:test_command_line launch:test_a_run_from_yaml_and_the_command_line", ""),
     ("cli.override-nested", "--model.args.dim 32 overrides a nested key", "args:test_command_line launch:test_a_run_from_yaml_and_the_command_line", ""),
+    ("cli.example", "An example configuration", "args:test_the_page_is_up_to_date",
+     "of our own: that one's global_batch_size contradicts its 25 units of 2 samples by the document's own rule"),
     # -- appendix: ComputeConfig
     ("config.fields", "ComputeConfig has the listed fields", "parallelize:test_every_field bad:test_configuration",
      "trace_strategy is auto by default; plan_ngpus and runtime_ngpus have defaults"),

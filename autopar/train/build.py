@@ -7,8 +7,8 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import fields, is_dataclass
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import torch
 from torch import nn
@@ -18,9 +18,9 @@ from autopar.errors import ConfigError, suggest
 from autopar.runtime.mixed import mixed_precision
 from autopar.runtime.module import ParallelModule
 from autopar.runtime.optimizer import ParallelOptimizer, build_optimizer
-from autopar.train.args import HookMapConfig, TrainerArgs
+from autopar.train.args import HookMapConfig, LogConfig, Name, TrainerArgs
 from autopar.train.components import check_call, create, locate, resolve
-from autopar.train.modelling import cast_input, make_model, model_class
+from autopar.train.modelling import cast_input, find_policy, make_model, model_class
 
 if TYPE_CHECKING:
     from autopar.train.hooks import TrainHook
@@ -51,7 +51,12 @@ LOGGERS = {
 
 
 def init_env(args: TrainerArgs, trainer: Any) -> None:
-    """Seed Python, NumPy and torch, and call init_env_fn(trainer): on every rank alike, before anything is built."""
+    """Seed Python, NumPy and torch, and call init_env_fn(trainer): on every rank alike, before anything is built.
+
+    First all classes and functions that are named are imported: a wrong name is not met after a long compile only, and what an import
+    draws is drawn before the seed is set.
+    """
+    check_names(args)
     if args.seed is not None:
         import numpy
 
@@ -60,6 +65,19 @@ def init_env(args: TrainerArgs, trainer: Any) -> None:
         torch.manual_seed(args.seed)
     if args.init_env_fn is not None:
         locate(args.init_env_fn, "init_env_fn")(trainer)
+
+
+def check_names(config: Any, where: str = "") -> None:
+    """Raise ConfigError for the first class or function of a configuration that cannot be found."""
+    hints = get_type_hints(type(config), include_extras=True)
+    for f in fields(config):
+        value, here = getattr(config, f.name), f"{where}.{f.name}".lstrip(".")
+        if f.name == "pas_policy":
+            find_policy(value, here) if value is not None else None
+        elif hints[f.name] in (Name, Name | None):
+            locate(_logger(value, here) if isinstance(config, LogConfig) else value, here) if value is not None else None
+        for i, inner in [("", value)] if is_dataclass(value) else enumerate(value) if isinstance(value, list) else ():
+            check_names(inner, f"{here}.{i}".rstrip("."))
 
 
 def make_optimizer(args: TrainerArgs, model: nn.Module) -> ParallelOptimizer:
@@ -115,15 +133,21 @@ def make_loggers(args: TrainerArgs) -> list[Any]:
     made = [create(locate(LOGGERS["ConsoleLogger"], ""), {}, "console", **console)]
     for i, config in enumerate(args.log):
         where = f"log.{i}"
-        name = LOGGERS.get(config.type, config.type) if isinstance(config.type, str) else config.type
-        if isinstance(name, str) and "." not in name and ":" not in name:
-            raise ConfigError(f"{where}.type: unknown logger {name!r}: {suggest(name, LOGGERS)}, or 'package.module.Name' of your own")
-        logger = create(locate(name, f"{where}.type"), config.args, f"{where}.args")
+        logger = create(locate(_logger(config.type, f"{where}.type"), f"{where}.type"), config.args, f"{where}.args")
         absent = [m for m in ("setup", "log_metrics", "flush", "finalize") if not callable(getattr(logger, m, None))]
         if absent:
             raise ConfigError(f"{where}.type {config.type!r} made a {type(logger).__name__}, which has no {', '.join(absent)}")
         made.append(logger)
     return made
+
+
+def _logger(name: Any, where: str) -> Any:
+    """The full name of a logger of autopar's; others as they are."""
+    if not isinstance(name, str) or "." in name or ":" in name:
+        return name
+    if name not in LOGGERS:
+        raise ConfigError(f"{where}: unknown logger {name!r}: {suggest(name, LOGGERS)}, or 'package.module.Name' of your own")
+    return LOGGERS[name]
 
 
 def make_hook(args: TrainerArgs) -> TrainHook | None:

@@ -38,7 +38,8 @@ dataset:
     autopar train -f config.yaml --max_epochs 2 --model.args.dim 32
     torchrun --nproc_per_node 4 -m autopar.cli.train -f config.yaml --max_epochs 2 --model.args.dim 32
 
-`autopar train` starts the processes of one machine itself. `--print-config` shows every setting and where it came from, and ends.
+`autopar train` starts the processes of one machine itself, and with `--max-restarts N` again when one dies.
+`--print-config` shows every setting and where it came from, and ends.
 
 ## Values
 

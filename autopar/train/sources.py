@@ -127,7 +127,7 @@ def _overrides(words: list[str]) -> Iterator[tuple[str, Any]]:
         word = words[i]
         i += 1
         if not word.startswith("--") or len(word) == 2:
-            raise ConfigError(f"unexpected word {word!r} on the command line; settings are `--key value`, as in --model.args.dim 32")
+            raise ConfigError(f"unexpected word {word!r} on the command line; settings are `--key value`, files `-f config.yaml`")
         key, equals, value = word[2:].partition("=")
         if equals:
             yield key, value
