@@ -73,7 +73,7 @@ def run_bash(block: Block) -> str:
             assert re.search(rf"^{slow[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), f"there is no target for {command!r}"
         elif slow:
             assert (ROOT / slow[2]).exists(), f"there is no script for {command!r}"
-        elif command.startswith("autopar ") and "|" not in command:
+        elif command.startswith("autopar ") and not set("|>") & set(command):
             out = io.StringIO()
             with contextlib.redirect_stdout(out):
                 code = main(shlex.split(command, comments=True)[1:])
