@@ -86,7 +86,7 @@ class Bert(nn.Module):
         super().__init__()
         self.lm = BertForMaskedLM(
             BertConfig(
-                vocab_size=V, hidden_size=D, intermediate_size=2 * D, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2,
+                vocab_size=V, hidden_size=D, intermediate_size=2 * D, num_hidden_layers=1, num_attention_heads=4, initializer_range=0.2,
                 max_position_embeddings=2 * T, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
             )
         )  # fmt: skip

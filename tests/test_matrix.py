@@ -12,7 +12,9 @@ import torch
 
 from autopar.runtime import collectives, optimizer, reducer, zero
 from autopar.runtime.pending import Pending
-from tests.matrix import CELLS, LAYOUTS, NAMES, OPTIMIZERS, TOLERANCE, ZEROS, row
+from tests.matrix import CELLS, LAYOUTS, NAMES, OPTIMIZERS, TOLERANCE, ZEROS, build, compile_in, row
+from tests.matrix_models import original
+from tests.procs import run_processes
 
 pytestmark = pytest.mark.procs
 
@@ -49,6 +51,23 @@ def test_every_cell(name, layout):
     found = row(name, layout)
     assert len(found) == len(CELLS) == 10
     check(found)
+
+
+def test_modes_are_at_work(tmp_path):
+    """How many of the four ranks update each entry, and how many whole parameters are there between steps."""
+    compile_in(tmp_path, "mlp", "dp4", load_module=False)
+
+    def rank(_):
+        made, out = compile_in(tmp_path, "mlp", "dp4"), {}
+        for mode in ZEROS:
+            model, opt = build("mlp", "dp4", made, mode, "adamw")
+            out[mode] = sum(p.stop - p.start for p in opt.reducer.pieces), sum(p.numel() for p in model.parameters())
+        return out
+
+    n = sum(p.numel() for p in original("mlp").parameters())
+    found = run_processes(rank, 4)
+    assert {z: sum(r[z][0] for r in found) for z in ZEROS} == {"none": 4 * n, "zero1": n, "groups": 2 * n, "scatter": n, "zero3": n}
+    assert {z: sum(r[z][1] for r in found) for z in ZEROS} == {**dict.fromkeys(ZEROS, 4 * n), "zero3": 0}
 
 
 # -- broken on purpose: what is replaced, by what, and the first cell that must notice
