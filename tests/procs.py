@@ -51,6 +51,7 @@ def run_processes(fn: Callable[[int], Any], n: int, timeout: float = 60.0, *, co
             os.write(write, f"{store.port}".encode())
             os.close(write)
         codes = _wait(pids, timeout)
+        del store  # NB: a traceback would keep it, and its thread hangs processes that are forked later
         outputs = [(Path(folder) / f"{r}.out").read_text(errors="replace") for r in range(n)]
         if any(code != 0 for code in codes.values()):
             parts = [f"--- rank {r}: {_outcome(codes[r])}\n{outputs[r]}" for r in range(n)]

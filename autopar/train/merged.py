@@ -15,12 +15,17 @@ import torch
 from autopar.errors import CheckpointError, ConfigError, suggest
 from autopar.runtime.state import checkpoint, planner
 from autopar.runtime.state import folder as files
+from autopar.runtime.state.disk import save_file
 from autopar.runtime.state.merge import Whole, join_ranks, read_rank
 from autopar.runtime.state.onefile import save_weights
-from autopar.train.files import MERGED, rank_file, save_file
 
+MERGED = "merged.pt"  # the file of a merged checkpoint; sharded and deduped ones have one per rank
 KEEP = ("status", "lr_scheduler", "args", "head")  # of the trainer's state, what is taken from rank 0
 TARGETS = ("merged", "dcp", "safetensors")
+
+
+def rank_file(rank: int) -> str:
+    return f"rank{rank}.pt"
 
 
 def join(owns: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -82,7 +87,7 @@ class Source:
 
     @cached_property
     def _parts(self) -> list[Mapping[str, Any]]:
-        return [read_rank(f) for f in self.rank_files]
+        return sorted((read_rank(f) for f in self.rank_files), key=lambda p: p["autopar"]["rank"])
 
     @cached_property
     def _file(self) -> Mapping[str, Any]:

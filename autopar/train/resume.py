@@ -16,8 +16,7 @@ from autopar.errors import CheckpointError, LayoutError
 from autopar.runtime.groups import fail_together
 from autopar.runtime.state import checkpoint, merge, ranks
 from autopar.runtime.state.generators import restore
-from autopar.train.files import MERGED
-from autopar.train.merged import Source, join, open_source, part
+from autopar.train.merged import MERGED, Source, join, open_source, part
 
 log = logging.getLogger("autopar")
 _ANOTHER = ("another plan", "sharded in another way", "(optimizer state) as this rank holds it")  # in what ranks.py says

@@ -14,11 +14,11 @@ import torch.distributed as dist
 
 from autopar.errors import CheckpointError
 from autopar.runtime.state import checkpoint, ranks
+from autopar.runtime.state.disk import save_file
 from autopar.runtime.state.generators import random_state
 from autopar.runtime.state.merge import join_ranks, read_rank
 from autopar.runtime.state.taking import Take, taken
-from autopar.train.files import MERGED, rank_file, save_file
-from autopar.train.merged import KEEP, join, merged_file
+from autopar.train.merged import KEEP, MERGED, join, merged_file, rank_file
 
 T = TypeVar("T")
 Write = Callable[[Path], None]

@@ -21,6 +21,7 @@ from autopar.errors import CheckpointError
 from autopar.runtime.groups import fail_together
 from autopar.runtime.state import folder as files
 from autopar.runtime.state import planner
+from autopar.runtime.state.disk import Writer
 from autopar.runtime.state.generators import random_state, restore
 from autopar.runtime.state.inventory import (
     Entry,
@@ -121,7 +122,7 @@ def loadable(what: str, value: Any) -> Any:
 def write(tmp: Path, plan: planner.SavePlanner, group: Any = None, what: str = "") -> None:
     """Every rank's files, and DCP's metadata. NB: collective, over the group."""
     alone = _world()[1] == 1
-    _dcp(lambda: dcp.save({}, storage_writer=dcp.FileSystemWriter(tmp), planner=plan, process_group=group, no_dist=alone), what)
+    _dcp(lambda: dcp.save({}, storage_writer=Writer(tmp), planner=plan, process_group=group, no_dist=alone), what)
 
 
 def write_whole(tmp: Path, whole: Whole, objects: Mapping[str, Any]) -> None:
@@ -136,7 +137,7 @@ def write_whole(tmp: Path, whole: Whole, objects: Mapping[str, Any]) -> None:
             tensors |= {f"{STATE}{name}.{key}": (layout, t) for key, t in like.items()}
         objects["optimizer.0"] = {"groups": whole.groups, "scalars": scalars}
     plan = planner.SavePlanner(tensors, objects)
-    _dcp(lambda: dcp.save({}, storage_writer=dcp.FileSystemWriter(tmp), planner=plan, no_dist=True), f"save {tmp}")
+    _dcp(lambda: dcp.save({}, storage_writer=Writer(tmp), planner=plan, no_dist=True), f"save {tmp}")
 
 
 def _dcp(run: Callable[[], Any], what: str) -> None:

@@ -11,7 +11,7 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner, Metadata, SavePlan
@@ -24,9 +24,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem, TensorWriteData, WriteItem, WriteItemType
+from torch.futures import Future
 
 from autopar.errors import CheckpointError
 from autopar.runtime.state.layout import Box, Layout
+from autopar.runtime.state.stored import Stored, locate, read
 
 Parts = list[tuple[Box, torch.Tensor]]
 
@@ -118,6 +120,23 @@ class Reader(FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return replace(self.known)
 
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Into the memory of the targets, without a copy between, and of a stored rectangle only the rows that are wanted."""
+        files: dict[str, list[tuple[Any, ReadItem]]] = {}
+        for item in plan.items:
+            at = self.known.storage_data[item.storage_index]
+            files.setdefault(at.relative_path, []).append((at, item))
+        for path, items in files.items():
+            with (Path(self.path) / path).open("rb") as f:
+                last, found = None, None
+                for at, item in sorted(items, key=lambda x: x[0].offset):
+                    if at.offset != last:
+                        last, found = at.offset, _located(f, at, item.storage_index)
+                    read(f, found, item.storage_offsets, planner.resolve_tensor(item).detach())
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
 
 _CLASSES = {
     "torch.distributed.checkpoint.metadata": {
@@ -175,6 +194,13 @@ def objects_of(metadata: Metadata) -> set[str]:
     return {n for n, m in metadata.state_dict_metadata.items() if isinstance(m, BytesStorageMetadata)}
 
 
+def _located(file: BinaryIO, at: Any, index: MetadataIndex) -> Stored | torch.Tensor:
+    try:
+        return locate(file, at)
+    except Exception as e:  # NB: torch raises RuntimeError, UnpicklingError, EOFError, ...
+        raise CheckpointError(f"cannot read {index.fqn} in {file.name}: {type(e).__name__}: {e}") from e
+
+
 def _stored(folder: Path, metadata: Metadata, index: MetadataIndex) -> Any:
     at = metadata.storage_data[index]
     with (folder / at.relative_path).open("rb") as f:
@@ -191,7 +217,7 @@ def read_objects(folder: Path, metadata: Metadata, names: list[str]) -> dict[str
 
 
 def read_slice(folder: Path, metadata: Metadata, name: str, slices: tuple[slice, ...]) -> torch.Tensor:
-    """A slice of a whole tensor, on this rank alone; one stored rectangle at a time is in memory."""
+    """A slice of a whole tensor, on this rank alone; only rows of it are in memory."""
     m = metadata.state_dict_metadata[name]
     spans = [s.indices(n)[:2] for s, n in zip(slices or (slice(None),) * len(m.size), m.size, strict=True)]
     wanted = Box(tuple(a for a, _ in spans), tuple(b - a for a, b in spans))
@@ -200,5 +226,9 @@ def read_slice(folder: Path, metadata: Metadata, name: str, slices: tuple[slice,
         chunk = Box(tuple(c.offsets), tuple(c.sizes))
         both = chunk.meet(wanted)
         if both is not None:
-            wanted.within(out, both).copy_(chunk.within(_stored(folder, metadata, MetadataIndex(name, c.offsets)), both))
+            index = MetadataIndex(name, c.offsets)
+            at = metadata.storage_data[index]
+            with (folder / at.relative_path).open("rb") as f:
+                inside = [a - b for a, b in zip(both.offsets, chunk.offsets, strict=True)]
+                read(f, _located(f, at, index), inside, wanted.within(out, both))
     return out
