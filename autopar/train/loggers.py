@@ -104,7 +104,7 @@ def _torn(path: Path) -> bool:
 
 
 class TensorBoardLogger:
-    """Scalars `tag/name` in the folder root_dir/name, and the configuration as a text. kwargs are SummaryWriter's.
+    """Scalars `tag/name` in the folder root_dir/name, and the configuration as a text. kwargs are SummaryWriter's (flush_secs: 10).
 
     .writer: the SummaryWriter, for more from hooks. Needs the extra autopar[tensorboard].
     """
@@ -123,7 +123,7 @@ class TensorBoardLogger:
         done = run.get("finished_train_steps", 0)
         # NB: purged steps are those that an earlier run made after the checkpoint this one resumes from.
         resumed = {"purge_step": done + 1} if done else {}
-        self.writer = self._make(str(self.folder), **{**resumed, **self._kwargs})
+        self.writer = self._make(str(self.folder), **{"flush_secs": 10, **resumed, **self._kwargs})
         if "args" in run:
             self.writer.add_text("args", f"```\n{json.dumps(run['args'], indent=2, default=str)}\n```", done)
 

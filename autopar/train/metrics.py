@@ -18,6 +18,8 @@ from torch import nn
 
 from autopar.train.flops import count_tokens, peak_tflops, work_of
 
+MEMORY_S = 1.0  # the peak of memory is asked for this often, at most
+
 __all__ = ["Meter", "StepNumbers", "TrainStepMetrics", "ValMetrics", "count_tokens"]
 
 
@@ -64,6 +66,7 @@ class Meter:
         self.devices = dist.get_world_size() if dist.is_initialized() else 1
         self.work = work_of(model, sample)
         self._wait = _Stopwatch()
+        self._memory, self._memory_due = 0.0, 0.0
         self.restart()
 
     def restart(self) -> None:
@@ -84,7 +87,9 @@ class Meter:
         tflops = None if flops is None else flops / seconds / self.devices / 1e12
         mfu = None if tflops is None or self.peak is None else tflops / self.peak
         rate = None if tokens is None else tokens / seconds
-        return StepNumbers(seconds, rate, samples / seconds, tflops, mfu, self._memory_gb(), waited)
+        if now >= self._memory_due:  # NB: not in every step; allocators take longer to tell than all else here
+            self._memory, self._memory_due = self._memory_gb(), now + MEMORY_S
+        return StepNumbers(seconds, rate, samples / seconds, tflops, mfu, self._memory, waited)
 
     def _memory_gb(self) -> float:
         """The peak so far: of torch's memory on a CUDA device, else of this process."""
