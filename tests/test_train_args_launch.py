@@ -100,7 +100,8 @@ def test_errors_of_settings_come_before_any_process(folder, monkeypatch, capsys)
     monkeypatch.delenv("RANK", raising=False)
     assert main(["train", "-f", "run.yaml", "--max_epoch", "2"]) == 2
     assert main(["train", "-f", "run.yaml", "--global_batch_size", "3"]) == 2
-    assert capsys.readouterr().err.count("\n") == 2
+    assert main(["train", "-f", "run.yaml", "--max-restarts", "x"]) == 2
+    assert capsys.readouterr().err.count("\n") == 3
     assert train.main(["-f", "run.yaml"]) == 2  # without torchrun, and not by `autopar train`
     assert "run_mode 'run' on 2 devices needs 2 processes" in capsys.readouterr().err
 

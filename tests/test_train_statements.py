@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 
 
 @functools.cache
-def tests_of(file):
+def names_in(file):
     path = HERE / f"{file}.py"
     tree = ast.parse(path.read_text()) if path.exists() else ast.Module([], [])
     return {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name.startswith("test_")}
@@ -26,7 +26,7 @@ def test_statement(row):
     assert says and (tests or note), "a statement without a test needs a reason"
     for name in tests.split():
         file, _, test = name.partition(":")
-        assert test in tests_of(FILES[file]), f"{FILES[file]}.py has no {test}"
+        assert test in names_in(FILES[file]), f"{FILES[file]}.py has no {test}"
 
 
 def test_ids_are_unique():
