@@ -30,7 +30,7 @@ def test_losses_of_20_steps(name, tmp_path):
         tmp_path,
         compute_config={"plan_ngpus": plan, "runtime_ngpus": n, **compute},
         pas_policy=policy,
-        model={"type": cases.TinyGPT, "args": {"dim": 8}},
+        model={"type": cases.TinyGPT},
         optimizer={"type": "torch.optim.AdamW", "args": {"lr": 0.01}, "clip_gnorm": 1.5},
         dataset={"type": cases.ByteDataset, "train_args": {"size": size}},
         dataset_sampler={"train_args": {"shuffle": True}},
@@ -39,7 +39,6 @@ def test_losses_of_20_steps(name, tmp_path):
         max_epochs=None,
         max_train_steps=STEPS,
     )
-    args["model"]["args"] = {"dim": 8}
 
     def rank_main(rank):
         _, seen = cases.train(args)

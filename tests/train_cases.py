@@ -205,7 +205,7 @@ def mlp_args(folder: str | Path, **changes: Any) -> dict[str, Any]:
         "compute_config": {"plan_ngpus": 1, "use_end2end": True},
         "gen_savedir": str(Path(folder) / "gen"),
         "pas_policy": "dp",
-        "model": {"type": f"{NAME}.MLP", "args": {"dim": 8}},
+        "model": {"type": f"{NAME}.MLP"},
         "optimizer": {"type": "torch.optim.SGD", "args": {"lr": 0.1}},
         "dataset": {"type": f"{NAME}.SimpleDataset", "train_args": {"size": 20}},
         "dataset_sampler": {"train_args": {"shuffle": False}, "val_args": {"shuffle": False}},
@@ -291,3 +291,44 @@ def train_plain(model, optimizer, dataset, *, steps: int, units=1, micro=2, accu
                 break
         epoch += 1
     return losses, norms
+
+
+# -- a model of Hugging Face
+
+
+class Llama(nn.Module):
+    """LlamaForCausalLM of a small random configuration, as a model that takes a sample and returns the loss."""
+
+    def __init__(self, vocab: int = VOCAB):
+        super().__init__()
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        config = LlamaConfig(
+            vocab_size=vocab,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=32,
+        )
+        config.use_cache = False
+        self.model = LlamaForCausalLM(config)
+
+    def forward(self, sample):
+        ids = sample["ids"]
+        logits = self.model(input_ids=ids[:, :-1]).logits
+        return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+
+def llama_args(folder: str | Path) -> dict[str, Any]:
+    return mlp_args(
+        folder,
+        compute_config={"plan_ngpus": 2},
+        pas_policy="tp",
+        model={"type": Llama},
+        optimizer={"type": "torch.optim.AdamW", "args": {"lr": 0.01}},
+        dataset={"type": ByteDataset, "train_args": {"size": 8, "length": 12}},
+        max_epochs=None,
+        max_train_steps=6,
+    )

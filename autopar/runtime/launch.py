@@ -4,6 +4,7 @@ Must not know what compiling does (a function is handed in) nor anything of the 
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from math import prod
@@ -48,6 +49,16 @@ def compile_once(build: Callable[[], T], config: ComputeConfig, timeout: float =
     box = [fail_together("compile", lambda: build() if dist.get_rank() == 0 else None, timeout)]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def leave() -> None:
+    """End the processes' connection, once nobody talks any more, and let go of all that holds it."""
+    global _unit
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    _unit = (None, 0)
+    _meshes.clear()
+    gc.collect()  # NB: a group that is collected in a fork of this process waits for threads that are not there
 
 
 def distribute(source: Path, folder: Path, strategy: BroadcastStrategy, timeout: float = TIMEOUT) -> None:

@@ -70,7 +70,7 @@ class Feed:
         self.epoch = self.taken = 0
         self._stateful = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
 
-    def __len__(self) -> int:
+    def length(self) -> int:
         """Micro batches of an epoch on this rank; -1 where the loader does not know."""
         try:
             return len(self.loader)

@@ -55,8 +55,15 @@ class Loop:
 
     def measure(self) -> None:
         """Learn from all ranks how long an epoch is. NB: collective."""
-        n = len(self.feed)
-        rows = self.exchange([float(n)] * WIDTH)[:, 0].tolist()
+        row = [0.0] * WIDTH
+        row[0], row[1] = self.feed.length(), -1 if self.val_feed is None else self.val_feed.length()
+        told = self.exchange(row)
+        rows = told[:, 0].tolist()
+        if told[:, 1].max() == 0:
+            raise ConfigError(
+                f"the validation set is empty: its loader gives no batch of {self.spec.micro_batch_size} samples on any rank; "
+                f"leave out dataset.val_args to train without one"
+            )
         self.steps_per_epoch = None if min(rows) < 0 else math.ceil(max(rows) / self.feed.size)
         if self.steps_per_epoch == 0:
             raise ConfigError(
@@ -137,7 +144,7 @@ class Loop:
 
     def _open(self, window: Window, epoch: int, idx: int) -> int:
         """Agree on the first window of an epoch: how many micro batches, and that ranks of a unit got the same ones."""
-        rows = self.exchange([window.real if self.first else 0, len(self.feed), checksum(window), 0, 0, 0, 0])
+        rows = self.exchange([window.real if self.first else 0, self.feed.length(), checksum(window), 0, 0, 0, 0])
         counts, lengths, sums = rows[:, 0], rows[:, 1].tolist(), [int(x) for x in rows[:, 2].tolist()]
         size = self.trainer.mesh.unit_size
         for start in range(0, len(sums), size):

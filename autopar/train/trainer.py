@@ -5,7 +5,6 @@ Must not know how a step or an epoch goes (loop.py), nor how components are buil
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from autopar.errors import ConfigError
-from autopar.runtime import faults, groups
+from autopar.runtime import faults, groups, launch
 from autopar.runtime.mesh import RankMesh
 from autopar.runtime.module import ParallelModule
 from autopar.train import build, events
@@ -207,10 +206,9 @@ class Trainer:
         if self.profiler is not None:
             self.profiler.close()
         if self._joined and dist.is_initialized():
-            if status == "failed" and dist.get_backend() == "nccl":
-                os.environ.setdefault("TORCH_NCCL_ABORT_IN_DESTROY_PG", "1")
-            dist.destroy_process_group()
-            self._joined = False
+            self._joined, self.sync_group = False, None
+            if status != "failed" or dist.get_backend() != "nccl":  # NB: NCCL would wait for ranks that do not come
+                launch.leave()
 
     def save(self, epoch: int, val_loss: float | None, *, ended: bool) -> None:
         """Write a checkpoint. NB: collective; between steps only. ended: the epoch is over."""
