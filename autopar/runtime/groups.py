@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from math import prod
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -47,11 +47,25 @@ def init(timeout: float = TIMEOUT) -> torch.device:
             torch.cuda.set_device(device)
         limit = timedelta(seconds=timeout)
         if own:
-            dist.init_process_group("nccl", timeout=limit, device_id=device)
+            dist.init_process_group("nccl", timeout=limit, device_id=device, **_meeting_place(limit))
         else:
-            dist.init_process_group("gloo", timeout=limit)
+            dist.init_process_group("gloo", timeout=limit, **_meeting_place(limit))
         atexit.register(_end)
     return local_device()
+
+
+def _meeting_place(limit: timedelta) -> dict[str, Any]:
+    """Where the processes meet: under torchrun a part of its store of this attempt's own.
+
+    NB: torchrun keeps its store when it starts all processes again (--max-restarts); with what the killed ones have left there, the new
+    ones would wait for them.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world, is_master=False, timeout=limit)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return {"store": dist.PrefixStore(f"autopar/attempt {attempt}", store), "rank": rank, "world_size": world}
 
 
 def _end() -> None:
