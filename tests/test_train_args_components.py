@@ -5,6 +5,7 @@ Must not know the loop. What is built here runs in this process.
 import logging
 import random
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy
@@ -16,7 +17,7 @@ from torch.utils.data import DistributedSampler, SequentialSampler
 from autopar.errors import ConfigError
 from autopar.importing import find
 from autopar.runtime.mixed import MixedPrecision
-from autopar.train import build
+from autopar.train import AggregatedOutputs, build
 from autopar.train.args import TrainerArgs
 from autopar.train.components import create, locate, resolve
 from autopar.train.hooks import HookMap, TrainHook
@@ -353,6 +354,8 @@ def test_names_are_looked_up_before_anything_is_made(tmp_path, key, value):
 
 
 def test_aggregate_function(tmp_path):
+    have = {f.name: f.default for f in fields(AggregatedOutputs)}
+    assert have == {"loss_sum": None, "num_batches": None, "num_tokens": None, "aggregated_outputs": None}
     assert build.aggregate_fn(args(tmp_path)) is None
     a = args(tmp_path, optimizer={"grad_reduction": "per-token-mean", "aggregate_outputs_fn": f"{cases.NAME}.count_tokens_fn"})
     assert build.aggregate_fn(a) is cases.count_tokens_fn and a.spec().grad_reduction == "per-token-mean"

@@ -106,10 +106,15 @@ def test_errors_of_settings_come_before_any_process(folder, monkeypatch, capsys)
     assert "run_mode 'run' on 2 devices needs 2 processes" in capsys.readouterr().err
 
 
+def never(trainer):
+    raise AssertionError("after_setup is called in run mode only")
+
+
 def test_compile_needs_no_processes(folder, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.delenv("RANK", raising=False)
-    assert main(["train", "-f", "run.yaml", "--run_mode", "compile", "--compute_config.runtime_ngpus", "6"]) == 0
+    words = ["--run_mode", "compile", "--compute_config.runtime_ngpus", "6", "--hook.after_setup", f"{__name__}.never"]
+    assert main(["train", "-f", "run.yaml", *words]) == 0
     assert (folder / ".autopar/tests.train_cases.MLP/_/rank1.py").exists() and not (folder / "log.jsonl").exists()
 
 

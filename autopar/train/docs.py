@@ -16,7 +16,7 @@ from autopar.train.fill import describe
 HEAD = """\
 # Configuration of the trainer
 
-Every setting of a run; made by `python -m autopar.train.docs` from `autopar/train/args.py`.
+Every setting of a run, made by `python -m autopar.train.docs` from `autopar/train/args.py`; [trainer.md](trainer.md) shows a run.
 The same names are keys of a YAML file, options of the command line and fields of `autopar.train.TrainerArgs`.
 
 ```yaml
