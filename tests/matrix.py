@@ -216,12 +216,13 @@ class Result:
         return "skip" if self.skipped else f"{self.error:.1e}"
 
 
-def relative(got: torch.Tensor, want: torch.Tensor) -> float:
+def relative(got: torch.Tensor, want: torch.Tensor, least: float = 0.0) -> float:
+    """The largest difference of two tensors, relative to the largest entry wanted (at least `least`)."""
     if got.shape != want.shape or got.dtype != want.dtype:
         return float("inf")
     if not got.is_floating_point() or not want.numel() or not want.any():
         return 0.0 if torch.equal(got, want) else float("inf")
-    error = float((got.double() - want.double()).abs().max() / want.double().abs().max())
+    error = float((got.double() - want.double()).abs().max()) / max(float(want.abs().max()), least)
     return error if error == error else float("inf")
 
 

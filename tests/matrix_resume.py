@@ -1,5 +1,5 @@
 """Checkpoints in the training matrix: saved under each layout, loaded under each other; and resuming on the same layout, bit by bit.
-Knows the public interface only. `python tests/matrix_resume.py` runs everything and prints the tables.
+Knows the public interface only. `python tests/matrix_resume.py` runs everything and prints the tables; names of models choose some.
 
 Every layout trains on the same micro batches, shared out among its units, so that a run goes on under another layout with the same losses.
 """
@@ -106,7 +106,11 @@ def same_bits(got: Any, want: Any, where: str = "") -> str:
 
 
 def close(got: list, want: list) -> Result:
-    """The worst error of losses, norms, and of the merged parameters and optimizer state, relative as in the matrix."""
+    """The worst error of losses, norms, and of the merged parameters and optimizer state, relative as in the matrix.
+
+    NB: state of a parameter whose gradient is nothing but rounding (the bias of keys, a bias before batch norm) is nothing but rounding
+    either; it is compared with a hundredth of the largest entry that any parameter has.
+    """
     a, b = ({k: v for rank in ranks for k, v in rank[0].items()} for ranks in (got, want))
     assert a.keys() == b.keys() and len(a) == STEPS * SAMPLES
     errors = {f"loss of {k}": relative(a[k], b[k]) for k in b}
@@ -115,8 +119,11 @@ def close(got: list, want: list) -> Result:
     assert params.keys() == want_params.keys() and state["param_groups"] == want_state["param_groups"]
     errors |= {n: relative(params[n], t) for n, t in want_params.items() if "running" not in n and "num_batches" not in n}
     assert state["state"].keys() == want_state["state"].keys()
+    largest: dict[str, float] = {}
+    for tensors in want_state["state"].values():
+        largest |= {key: max(largest.get(key, 0.0), float(t.abs().max())) for key, t in tensors.items()}
     for i, tensors in want_state["state"].items():
-        errors |= {f"{key} of {i}": relative(state["state"][i][key], t) for key, t in tensors.items()}
+        errors |= {f"{key} of {i}": relative(state["state"][i][key], t, largest[key] / 100) for key, t in tensors.items()}
     where = max(errors, key=errors.get)
     return Result(errors[where], where)
 
@@ -176,9 +183,10 @@ def resume_same(layout: str, cells: Iterable[tuple[str, str]], name: str = "drop
     return {c: same_bits(got[c], want[c]) for c in cells}
 
 
-def main() -> int:
+def main(chosen: list[str]) -> int:
+    """Print the tables; 1 if a cell failed."""
     bad, begun, done = [], time.time(), 0
-    for name, optimizer, turn in TURNS:
+    for name, optimizer, turn in [t for t in TURNS if not chosen or t[0] in chosen]:
         zero, start = zeros(turn), time.time()
         print(f"\n| {name}, {optimizer}: saved under, loaded under | " + " | ".join(f"{x} {zero[x]}" for x in LAYOUTS) + " |")
         print("|---" * (len(LAYOUTS) + 1) + "|")
@@ -192,7 +200,7 @@ def main() -> int:
     cells = list(product(ZEROS, OPTIMIZERS))
     print("\n| GPT with dropout, resumed on | " + " | ".join(f"{o} {z}" for z, o in cells) + " |")
     print("|---" * (len(cells) + 1) + "|")
-    for layout in LAYOUTS:
+    for layout in LAYOUTS if not chosen or "dropout" in chosen else ():
         found = resume_same(layout, cells)
         print(f"| {layout} | " + " | ".join(w or "bitwise" for w in found.values()) + " |", flush=True)
         done += len(found)
@@ -205,4 +213,4 @@ def main() -> int:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -4,6 +4,7 @@ Must not know folders (test_savedir.py) or reuse modes (test_reuse.py).
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -193,6 +194,34 @@ def test_layers_are_described_together():
     untied = structure(tied)
     tied[1].weight = tied[0].weight
     assert structure(tied) != untied
+
+
+def test_values_of_cached_properties_do_not_count():
+    class Grid:
+        def __init__(self, n):
+            self.n = n
+
+        @functools.cached_property
+        def area(self):
+            return self.n**2
+
+    class Net(nn.Module):
+        grid = Grid(2)
+
+        @functools.cached_property
+        def twice(self):
+            return 2 * self.grid.n
+
+    def of(grid):
+        return lambda graph, config: grid.area
+
+    grid, net = Grid(2), Net()
+    net.grid = grid
+    before = text(grid), policy_name(of(grid)), structure(net)
+    assert grid.area == net.twice == 4
+    assert (text(grid), policy_name(of(grid)), structure(net)) == before
+    grid.n = 3
+    assert all(a != b for a, b in zip(before, (text(grid), policy_name(of(grid)), structure(net)), strict=True))
 
 
 def test_what_refers_to_itself_has_an_end():

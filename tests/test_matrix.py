@@ -132,7 +132,10 @@ BREAKS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("broken", BREAKS)
+OFTEN = ("gradients are not summed", "activations are not summed", "parameters are not published", "no scaling")
+
+
+@pytest.mark.parametrize("broken", [b if b in OFTEN else pytest.param(b, marks=pytest.mark.slow) for b in BREAKS])
 def test_what_is_broken_shows(broken):
     owner, attribute, fake, name, layout, cell = BREAKS[broken]
     with mock.patch.object(owner, attribute, fake):
@@ -141,6 +144,7 @@ def test_what_is_broken_shows(broken):
     assert result.error > 10 * TOLERANCE, result
 
 
+@pytest.mark.slow
 def test_lost_micro_batches_show():
     """Only the gradient of the last one is kept."""
     real = torch.Tensor.backward

@@ -18,8 +18,8 @@ from tests.matrix_resume import PAIRS, resume_pairs, resume_same, same_bits
 pytestmark = pytest.mark.procs
 
 ORDER = list(LAYOUTS)
-# Each layout from the one before and from another one.
-SOME = [(saved, loaded) for saved, loaded in PAIRS if (ORDER.index(loaded) - ORDER.index(saved)) % len(ORDER) in (1, 3)]
+# Each layout from the one before.
+SOME = [(saved, loaded) for saved, loaded in PAIRS if (ORDER.index(loaded) - ORDER.index(saved)) % len(ORDER) == 1]
 CELLS = list(product(ZEROS, OPTIMIZERS))
 
 

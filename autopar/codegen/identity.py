@@ -9,13 +9,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from functools import partial
+from functools import cached_property, partial
 from types import FunctionType
 from typing import Any
 
 import torch
 
-from autopar.codegen.origins import HASHED, LITERALS, Walk, digest, tensor_type, text
+from autopar.codegen.origins import HASHED, LITERALS, Walk, digest, fields_of, tensor_type, text
 from autopar.config import ComputeConfig
 from autopar.rules.registry import user_rules
 
@@ -106,7 +106,7 @@ def structure(module: torch.nn.Module) -> dict[str, Any]:
     rows: dict[str, list[str]] = {}
     objects = _Objects()
     for name, m in module.named_modules():
-        settings = {k: v for k, v in vars(m).items() if k not in _PLAIN}
+        settings = {k: v for k, v in vars(m).items() if k not in _PLAIN and not isinstance(getattr(type(m), k, None), cached_property)}
         settings |= {"training": m.training} if m.training != module.training else {}
         settings |= {k: list(v.values()) for k in ("_forward_hooks", "_forward_pre_hooks") if (v := getattr(m, k))}
         shown = [type(m).__qualname__, *(f"{k}={objects.name(v)}" for k, v in settings.items())]
@@ -140,13 +140,11 @@ class _Objects:
         return self._known[id(x)][1]
 
     def _read(self, x: Any) -> str:
-        own = getattr(x, "__dict__", None)
-        if own and not isinstance(x, (torch.Tensor, torch.nn.Module, Mapping, type, FunctionType, partial, Enum)):
+        if getattr(x, "__dict__", None) and not isinstance(x, (torch.Tensor, torch.nn.Module, Mapping, type, FunctionType, partial, Enum)):
             kind = type(x).__qualname__
             self._count[kind] += 1
             kind += f"#{self._count[kind]}" if self._count[kind] > 1 else ""
-            # NB: hashes of texts differ between processes
-            self.fields |= {f"{kind}.{k}": _value(v) for k, v in sorted(own.items()) if "hash" not in k}
+            self.fields |= {f"{kind}.{k}": _value(v) for k, v in fields_of(x).items()}
             return kind
         return _short(x)
 

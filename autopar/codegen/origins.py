@@ -14,7 +14,7 @@ import sys
 import sysconfig
 from collections.abc import Mapping
 from enum import Enum
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -204,9 +204,8 @@ class _Text:
             return f"{x.dtype}{list(x.shape)} {digest(x.tobytes())}"
         if self.walk is not None:
             self.walk.visit(type(x))
-        if fields := getattr(x, "__dict__", None):
-            kept = {k: v for k, v in sorted(fields.items()) if "hash" not in k}  # NB: hashes of texts differ between processes
-            return f"{type(x).__qualname__}{self.of(kept, seen)}"
+        if getattr(x, "__dict__", None):
+            return f"{type(x).__qualname__}{self.of(fields_of(x), seen)}"
         try:
             return re.sub(r" at 0x[0-9a-f]+", "", repr(x))
         except Exception:
@@ -218,6 +217,15 @@ class _Text:
             return tensor_type(x)
         with torch.no_grad():
             return f"{tensor_type(x)} {digest(x.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())}"
+
+
+def fields_of(x: Any) -> dict[str, Any]:
+    """The fields of an object by name, but for what differs without a difference.
+
+    NB: hashes of texts differ between processes; the value of a cached property is there once somebody has asked for it.
+    """
+    cached = {n for c in type(x).__mro__ for n, v in vars(c).items() if isinstance(v, cached_property)}
+    return {k: v for k, v in sorted(vars(x).items()) if "hash" not in k and k not in cached}
 
 
 def _content(cell: Any) -> Any:
