@@ -177,6 +177,39 @@ def test_one_collective_more_per_step():
     assert run_ranks(made[1].program.mesh, run, units=2) == [[(1, 32, 4), (1, 32, 2), (1, 32, 2)]] * 4
 
 
+@pytest.mark.procs
+def test_one_reduction_per_parameter_at_any_accumulation():
+    """However many micro batches there are and however gradients travel, every gradient is reduced once per step."""
+    made = compiled("dp2")
+    count = sum(p.numel() for p in made[0].parameters()) * 8
+    ways = {
+        "all_reduce": [{}, {"use_async_reducer": True, "reducer_bucket_cap_mb": 1e-4}, {"use_zero": 1}],
+        "reduce_scatter": [{"use_zero": 1, "zero_use_reduce_scatter": True}, {"use_zero": 3}],
+    }
+
+    def run(rank):
+        out = []
+        for how, settings in ((k, s) for k, many in ways.items() for s in many):
+            module = rank_module(made, rank_mesh(made[1].program.mesh))
+            optimizer = build_optimizer(module, torch.optim.SGD, settings, lr=0.1)
+            for n in (1, 2, 5):
+                with record() as log:
+                    module.train_step([sample(0)] * n)
+                    optimizer.clip_gnorm(1.0)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                sums = [r for r in log if r.name in ("all_reduce", "reduce_scatter") and len(r.shape) == 1 and r.dtype == torch.float64]
+                assert {r.name for r in sums} == {how}, settings
+                out.append((str(settings), sum(r.payload for r in sums), len(sums)))
+        return out
+
+    for rows in run_processes(run, 2):
+        assert len(set(rows)) == len(rows) // 3, "the same at any accumulation"
+        for settings, payload, _ in rows:
+            more = 8 * len(list(made[0].parameters())) + 64  # a count per parameter, padding
+            assert count <= payload <= count + more, settings
+
+
 def test_infer_step():
     """In the module's mode, without gradients; units may have different numbers of samples."""
     made = compiled("tp2 x 2")

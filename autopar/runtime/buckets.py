@@ -93,11 +93,13 @@ class Bucket:
     axis: Axis
     block: str = ""
     items: list[Item] = field(default_factory=list)
+    place: dict[int, int] = field(default_factory=dict)  # id of a parameter -> its index among items
     shapes: list[torch.Size] = field(default_factory=list)  # NB: a parameter that is freed (zero3.py) has none itself
     numel: int = 0
     shards: int = 1  # the buffer is padded to a multiple of this
     state: str = "open"  # 'open' | 'ready' (all gradients have arrived, others go first) | 'launched'
-    sent: bool = False  # the gradients are those of a step that is over
+    stale: set[int] = field(default_factory=set)  # places of those items whose gradients are of a step that is over
+    taken: set[int] = field(default_factory=set)  # places of those items whose gradients are in the buffer only
     pending: Pending | None = None
     arrived: set[int] = field(default_factory=set)  # ids of parameters that have a gradient since the last backward began
     have: list[bool] = field(default_factory=list)  # of this step: does this rank have a gradient?
@@ -106,6 +108,7 @@ class Bucket:
     views: list[Tensor] = field(default_factory=list)  # of flat, shaped like the parameters
 
     def add(self, item: Item) -> None:
+        self.place[id(item.param)] = len(self.items)
         self.items.append(item)
         self.shapes.append(item.param.shape)
         self.numel += item.param.numel()
@@ -137,42 +140,55 @@ class Bucket:
         self.flat[self.numel : self.padded].zero_()
         self.views = [self.flat[a:b].view(shape) for (_, a, b), shape in zip(self.spans(), self.shapes, strict=True)]
 
-    @torch.no_grad()
-    def collect(self, *, keep: bool = True) -> None:
-        """Bring the gradients there are into the buffer and let .grad be its view, so that accumulation goes on in place.
+    def take(self, i: int, *, keep: bool = True) -> None:
+        """Bring one gradient into the buffer and let .grad be its view, so that accumulation goes on in place.
 
-        keep=False: let .grad be None instead.
+        keep=False: let .grad be None instead. NB: as soon as it is there, while it is in the cache, and its memory serves the next one.
         """
         if self.flat is None:
             self._allocate()
-        new, old = [], False
-        for item, view in zip(self.items, self.views, strict=True):
-            g = item.param.grad
-            if g is not None and g is not view:
-                if g.layout != torch.strided:
-                    raise LayoutError(f"the gradient of {item.name} is sparse; only dense gradients can be summed (use sparse=False)")
-                new.append((item.param, view, g))
-            old |= g is not None and g is view
-        if self.sent and old:
-            raise LayoutError(
-                f"gradients of the step before are still there (of {self.items[-1].name} ...); call zero_grad() after each step"
-            )
-        self.sent = False
-        if new:
-            torch._foreach_copy_([v for _, v, _ in new], [g for _, _, g in new])
-            for p, v, _ in new:
-                p.grad = v if keep else None
+        param, view = self.items[i].param, self.views[i]
+        g = param.grad
+        if g is None:
+            return
+        if g is view:
+            if i in self.stale:
+                raise LayoutError(
+                    f"gradients of the step before are still there (of {self.items[-1].name} ...); call zero_grad() after each step"
+                )
+            return
+        if g.layout != torch.strided:
+            raise LayoutError(f"the gradient of {self.items[i].name} is sparse; only dense gradients can be summed (use sparse=False)")
+        with torch.no_grad():
+            if i in self.taken:
+                view.add_(g)
+            else:
+                view.copy_(g)
+        self.stale.discard(i)
+        if keep:
+            param.grad = view
+        else:
+            param.grad = None
+            self.taken.add(i)
 
     @torch.no_grad()
     def fill(self, *, keep: bool = True) -> None:
         """The buffer as it is sent: gradients, zeros for those that this rank lacks, and the counts."""
-        self.have, self.totals = [i.param.grad is not None for i in self.items], None
-        self.collect(keep=keep)
+        for i in range(len(self.items)):
+            self.take(i, keep=keep)
+        self.have, self.totals = [n in self.taken or i.param.grad is not None for n, i in enumerate(self.items)], None
+        self.taken.clear()
         if all(self.have):
             self.counts.fill_(1)
         else:
             self.counts.copy_(torch.tensor(self.have, dtype=self.flat.dtype))
             torch._foreach_zero_([v for v, h in zip(self.views, self.have, strict=True) if not h])
+
+    def forget(self, *, sent: bool = False) -> None:
+        """The gradients there are belong to no step any more; sent: they must not be added to."""
+        self.state = "open"
+        self.stale = set(range(len(self.items))) if sent else set()
+        self.taken.clear()
 
     def used(self) -> list[bool]:
         """After the reduction: does any rank have a gradient? NB: reads from the device, only where this rank lacks one."""

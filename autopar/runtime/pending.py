@@ -78,10 +78,24 @@ def reduce_scatter(axis: Axis, out: Tensor, t: Tensor) -> Pending:
         return Pending()
     if not axis.comm.staged:
         return Pending(dist.reduce_scatter_tensor(out, t, group=axis.comm.group, async_op=True))
-    # NB: gloo's own is an all-reduce inside, and cannot be asked whether it is done.
-    parts = t.new_empty((axis.size, out.numel()))
-    work = dist.all_to_all_single(parts.view(-1), t, group=axis.comm.group, async_op=True)
-    return Pending(work, then=lambda: torch.sum(parts, 0, out=out))
+    # NB: gloo's own is an all-reduce inside, and cannot be asked whether it is done. This rank's own part stays where it is, if that is
+    # at an end (of two ranks it always is).
+    n, k, me = out.numel(), axis.size, axis.rank
+    own = t[me * n : (me + 1) * n]
+    given = t[n:] if me == 0 else t[:-n] if me == k - 1 else t
+    sizes = [n if len(given) == len(t) or r != me else 0 for r in range(k)]
+    parts = t.new_empty(len(given))
+    work = dist.all_to_all_single(parts, given, sizes, sizes, group=axis.comm.group, async_op=True)
+
+    def add() -> None:
+        rows = list(parts.split(n))
+        if len(rows) < k:
+            rows.insert(me, own)
+        torch.add(rows[0], rows[1], out=out)
+        for row in rows[2:]:
+            out.add_(row)
+
+    return Pending(work, then=add)
 
 
 def _note(name: str, axis: Axis, t: Tensor) -> None:

@@ -203,14 +203,16 @@ class GradReducer:
                 f"a backward came after the gradients of bucket {index} ({b.items[-1].name} ...) were sent; "
                 f"run all backwards of a step but the last inside accumulate()"
             )
+        shard = self.shards.get(b)
+        freed = shard is not None and not shard.gathered
+        if not freed:
+            b.take(b.place[id(p)])
+        elif not self._accumulating:
+            b.take(b.place[id(p)], keep=False)
         b.arrived.add(id(p))
         if len(b.arrived) < len(b.items):
             return
         b.arrived.clear()
-        shard = self.shards.get(b)
-        freed = shard is not None and not shard.gathered
-        if not freed:
-            b.collect()
         if not self._accumulating and self._early:
             b.state = "ready"
             while self._next < len(self.buckets) and self.buckets[self._next].state == "ready":
@@ -290,7 +292,7 @@ class GradReducer:
             for item, view, have, used in zip(b.items, b.views, b.have, b.used(), strict=True):
                 if used and not have:
                     item.param.grad = view
-        b.state, b.sent = "open", shard is None
+        b.forget(sent=shard is None)
 
     def publish(self) -> None:
         """After the optimizer's step: bring updated pieces to all who hold the parameter. Nothing to do without ZeRO."""
@@ -301,11 +303,14 @@ class GradReducer:
         """Forget all gradients; the buckets stay."""
         for b in self.buckets:
             self._receive(b)
-            b.state, b.sent = "open", False
+            b.forget()
             b.arrived.clear()
         self._next = 0
         for p in self.pieces:
             p.param.grad = None
+        for s in self.shards.values():
+            if not s.gathered:
+                s.out = None
         for i in self.items:
             i.param.grad = None
 

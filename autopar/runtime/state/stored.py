@@ -4,6 +4,7 @@ Must not know plans or layouts. Anything but a contiguous tensor as torch.save w
 
 from __future__ import annotations
 
+import io
 import sys
 import zipfile
 from collections.abc import Sequence
@@ -13,7 +14,6 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.utils import _create_file_view
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,35 @@ class Stored:
     dtype: torch.dtype
 
 
+class _Part(io.RawIOBase):
+    """`length` bytes of a file as a file. NB: DCP's own view seeks from its end in the wrong direction."""
+
+    def __init__(self, file: BinaryIO, offset: int, length: int):
+        self.file, self.offset, self.length, self.at = file, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.length}[whence])
+        return self.at
+
+    def readinto(self, buffer: Any) -> int:
+        self.file.seek(self.offset + self.at)
+        n = self.file.readinto(memoryview(buffer)[: max(0, self.length - self.at)])
+        self.at += n
+        return n
+
+
 def locate(file: BinaryIO, at: Any) -> Stored | Tensor:
     """at: DCP's storage info. The tensor itself where it has to be loaded as a whole."""
-    part = _create_file_view(file, at.offset, at.length)
+    part = io.BufferedReader(_Part(file, at.offset, at.length))
     with torch.serialization.skip_data():
         like = torch.load(part, map_location="cpu", weights_only=True)
     if isinstance(like, Tensor) and like.is_contiguous():
