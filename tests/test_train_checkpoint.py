@@ -22,10 +22,11 @@ import autopar
 from autopar.cli.main import main
 from autopar.errors import CheckpointError
 from autopar.runtime.state import folder as files
-from autopar.train import retention, saving
+from autopar.train import Trainer, TrainHook, retention, saving
 from autopar.train.checkpoint import Checkpointer, merge_checkpoint
 from autopar.train.spec import SAVE_TYPES, CheckpointSpec
 from tests.procs import ProcessesFailed, run_processes
+from tests.train_cases import mlp_args
 
 
 def net(seed=0, width=4):
@@ -195,6 +196,11 @@ def test_the_best_loss_survives_a_resume(tmp_path):
     anew = made(tmp_path)  # a run that did not resume has a best of its own
     save(anew, 1, loss=7.0)
     assert os.readlink(tmp_path / "best") == "0000-0000001"
+    elsewhere = made(tmp_path / "b")  # and so has a run that goes on in another folder
+    load(elsewhere, tmp_path / "0000-0000004")
+    for step, loss in enumerate((3.0, 2.0, 2.5), 5):
+        save(elsewhere, step, loss=loss)
+    assert os.readlink(tmp_path / "b" / "best") == "0000-0000006"
 
 
 def test_neither_last_nor_best(tmp_path):
@@ -376,6 +382,13 @@ def test_nothing_is_unpickled_freely(tmp_path, monkeypatch):
     assert not (tmp_path / "ran").exists() and not (tmp_path / "e").exists()
 
 
+def test_a_disk_that_is_not_shared(tmp_path, monkeypatch):
+    monkeypatch.setattr(saving, "rank_file", lambda rank: f"rank{rank}.pt" if rank else "../rank0.pt")
+    monkeypatch.setattr("autopar.train.checkpoint.expected", lambda kind, world: ["rank0.pt"])
+    with pytest.raises(CheckpointError, match=r"rank0\.pt cannot be seen by rank 0; is save_dir on a disk that all ranks share\?"):
+        save(made(tmp_path, "sharded"), 1)
+
+
 def test_a_folder_of_something_else(tmp_path):
     (tmp_path / "0000-0000001").mkdir()
     (tmp_path / "0000-0000001" / "thesis").write_text("42")
@@ -483,6 +496,50 @@ def test_a_warning_and_the_last_good_one(tmp_path, monkeypatch, caplog):
     save(saver, 4, loss=0.7)
     saver.close()
     assert os.readlink(tmp_path / "best") == "0000-0000004", "0.5 was never saved"
+
+
+class Full(TrainHook):
+    """No room on the disk of rank 1 for the saves after steps 4 and 6."""
+
+    def on_step_end(self, trainer, epoch, idx, step_metrics, aggregated_outputs):
+        full(100 if trainer.rank == 1 and trainer.train_status.finished_train_steps in (3, 4, 5, 6) else None)
+
+
+def trained_on_a_full_disk(folder, rank):
+    out = {}
+    for how in ("continue", "stop"):
+        for later in (False, True):
+            here = folder / f"{how}{later}"
+            settings = {"no_save": False, "every_n_train_steps": 2, "save_type": "sharded", "on_save_error": how, "async_save": later}
+            args = mlp_args(
+                here,
+                gen_savedir=str(folder / "gen"),
+                compute_config={"runtime_ngpus": 2},
+                checkpoint=settings,
+                dataset={"train_args": {"size": 60}},
+                max_train_steps=10,
+                hook={"type": Full, "args": {}},
+            )
+            said = ""
+            try:
+                Trainer(args).run()
+            except CheckpointError as e:
+                said = str(e)
+            full()
+            out[how, later] = said, names(here / "checkpoints")
+    return out
+
+
+@pytest.mark.procs
+def test_training_on_a_full_disk(tmp_path):
+    """Goes on or stops, on both ranks, as configured; the last good checkpoint stays."""
+    for got in run_processes(lambda rank: trained_on_a_full_disk(tmp_path, rank), 2, 120):
+        for later in (False, True):
+            said, there = got["continue", later]
+            assert said == "" and there == ["0000-0000002", "0000-0000008", "0000-0000010", "best", "last"]
+            said, there = got["stop", later]
+            assert "/0000-0000004: rank 1: " in said and "File too large" in said
+            assert there == ["0000-0000002", "best", "last"]
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="mounts a file system")

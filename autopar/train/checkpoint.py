@@ -22,7 +22,7 @@ from autopar.runtime.state.taking import Staging, as_is, on_cpu
 from autopar.train import resume, retention
 from autopar.train.merged import merge_checkpoint
 from autopar.train.resume import Loaded
-from autopar.train.saving import LostContact, Meeting, Write, collect, describe, frozen, plain
+from autopar.train.saving import LostContact, Meeting, Write, collect, describe, expected, frozen, plain
 from autopar.train.spec import CheckpointSpec
 
 __all__ = ["Checkpointer", "Loaded", "SaveReport", "merge_checkpoint"]
@@ -177,6 +177,9 @@ class Checkpointer:
         """NB: in this order, so that a kill in between leaves last and best on checkpoints that are there."""
         spec, head = self.spec, facts["trainer"]
         better = head["best_val_loss"] is not None and head["best_val_loss"] != self._best
+        lost = [name for name in expected(spec.save_type, facts["world"]) if not (tmp / name).exists()]
+        if lost:
+            raise CheckpointError(f"{', '.join(lost[:6])} cannot be seen by rank 0; is save_dir on a disk that all ranks share?")
         files.finish(tmp, folder, facts)
         if spec.save_last:
             retention.point(self.save_dir / "last", folder, spec.symlink_best_and_last)
@@ -199,8 +202,8 @@ class Checkpointer:
         """Fill the module and optimizer. Raises CheckpointError for a checkpoint that is damaged, or does not fit the model or layout."""
         self.wait()
         loaded = resume.load(path, module, optimizer)
-        best = loaded.head.get("best_val_loss")
-        self._best = best if best is not None else self._best
+        # NB: in another folder than that of before, the best is the best of those there.
+        self._best = loaded.head.get("best_val_loss") if retention.best_there(self.save_dir) else None
         return loaded
 
 

@@ -99,9 +99,8 @@ def collect(kind: str, module: Any, optimizer: Any, own: dict[str, Any], take: T
         extra, local = {k: own[k] for k in KEEP}, {k: own[k] for k in ("status", "dataloader", "custom")}
         plan = meeting.together("collect the state", lambda: checkpoint.collect(module, optimizer, extra, local, take))
         return lambda tmp: checkpoint.write(tmp, plan, meeting.group), sum(map(_size, (t for _, t in plan.tensors.values())))
-    state = meeting.together(
-        "collect the state", lambda: ranks.collect(module, optimizer, "deduped" if kind == "merged" else kind)
-    )
+    form = "deduped" if kind == "merged" else kind
+    state = meeting.together("collect the state", lambda: ranks.collect(module, optimizer, form))
     if kind != "sharded":
         state = ranks.dedupe(state)
     state = meeting.together("copy the state", lambda: taken(state, take))
@@ -110,6 +109,12 @@ def collect(kind: str, module: Any, optimizer: Any, own: dict[str, Any], take: T
         return lambda tmp: _write_merged(tmp, {**state, "trainer": own}, meeting), size
     drawn = random_state()
     return lambda tmp: save_file(tmp / rank_file(meeting.rank), {**state, "trainer": own, "random": drawn}), size
+
+
+def expected(kind: str, world: int) -> list[str]:
+    """Files that have to be there once all ranks have written."""
+    # NB: every rank writes into DCP's at least its random states.
+    return [MERGED] if kind == "merged" else [f"__{r}_0.distcp" if kind == "dcp" else rank_file(r) for r in range(world)]
 
 
 def _write_merged(tmp: Path, state: dict[str, Any], meeting: Meeting) -> None:

@@ -49,6 +49,7 @@ def finish(tmp: Path, folder: Path, facts: Mapping[str, Any]) -> None:
         f.write(text)
         f.flush()
         os.fsync(f.fileno())
+    _sync(tmp)
     swap(tmp, folder)
 
 
@@ -59,10 +60,15 @@ def swap(tmp: Path, folder: Path) -> None:
         remove(previous)
         folder.rename(previous)
     tmp.rename(folder)
-    fd = os.open(folder.parent, os.O_RDONLY)
+    _sync(folder.parent)
+    remove(previous)
+
+
+def _sync(folder: Path) -> None:
+    """The names in it are on the disk."""
+    fd = os.open(folder, os.O_RDONLY)
     os.fsync(fd)
     os.close(fd)
-    remove(previous)
 
 
 def open_folder(folder: str | Path) -> tuple[Path, dict[str, Any]]:
