@@ -21,7 +21,7 @@ from autopar.train import AggregatedOutputs, build
 from autopar.train.args import TrainerArgs
 from autopar.train.components import create, locate, resolve
 from autopar.train.hooks import HookMap, TrainHook
-from autopar.train.modelling import convert
+from autopar.train.initial import convert
 from tests import train_cases as cases
 
 HERE = __name__

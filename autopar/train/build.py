@@ -8,6 +8,7 @@ import logging
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 import torch
@@ -20,7 +21,8 @@ from autopar.runtime.module import ParallelModule
 from autopar.runtime.optimizer import ParallelOptimizer, build_optimizer
 from autopar.train.args import HookMapConfig, LogConfig, Name, TrainerArgs
 from autopar.train.components import check_call, create, locate, resolve
-from autopar.train.modelling import cast_input, find_policy, make_model, model_class
+from autopar.train.initial import cast
+from autopar.train.modelling import find_policy, make_model, model_class
 
 if TYPE_CHECKING:
     from autopar.train.hooks import TrainHook
@@ -169,3 +171,8 @@ def aggregate_fn(args: TrainerArgs) -> Callable[..., Any] | None:
     """The user's aggregate_outputs(loss_outputs, sync_group)."""
     name = args.optimizer.aggregate_outputs_fn
     return None if name is None else locate(name, "optimizer.aggregate_outputs_fn")
+
+
+def cast_input(args: TrainerArgs) -> Callable[[Any], Any]:
+    """A function that brings the floating tensors of a sample to the input precision."""
+    return partial(cast, precision=args.precision)

@@ -1,5 +1,5 @@
-"""The model of a run: built from its class, converted, given its weights, and parallelised, as a whole or some of its parts.
-Must not know how code is generated or trained.
+"""The model of a run: built from its class and parallelised, as a whole or some of its parts.
+Must not know how code is generated or trained, nor how weights are read (initial.py).
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from autopar.codegen.identity import structure
 from autopar.config import BroadcastStrategy, ComputeConfig
@@ -24,11 +23,11 @@ from autopar.runtime.launch import distribute
 from autopar.runtime.module import ParallelModule
 from autopar.train.checks import check_policy
 from autopar.train.components import create, locate, resolve
+from autopar.train.initial import cast, convert, load_weights
 
 if TYPE_CHECKING:
     from autopar.train.args import ModuleParallelizeConfig, TrainerArgs
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "none": None}
 REDUCER = ("use_zero", "zero_ngroups", "zero_use_reduce_scatter", "use_async_reducer", "reducer_bucket_cap_mb")
 
 
@@ -52,7 +51,7 @@ def make_model(args: TrainerArgs, sample: Any) -> nn.Module | None:
         return convert(model, args.precision)
 
     assert args.compute_config is not None
-    dummy = {_first_argument(cls): cast_input(args)(sample)}
+    dummy = {_first_argument(cls): cast(sample, args.precision)}
     return _Compile.of(args).run(cls, prepared, dummy)
 
 
@@ -160,14 +159,15 @@ def _with_parallel_parts(args: TrainerArgs, model: nn.Module) -> nn.Module | Non
         if not mine:
             names = {type(m).__qualname__ for m in model.modules()} - {type(model).__qualname__}
             raise ConfigError(f"{where}.type: the model has no part of the class {cls.__qualname__}: {suggest(cls.__qualname__, names)}")
+        precision = args.precision if part.precision is None else part.precision
         first: dict[int, _Place] = {}
         for p in mine:
             first.setdefault(id(p.module), p)
         for p in first.values():
             _check_like_args(part, cls, p, where)
             _own_weights(args, part, p.module, where)
-            convert(p.module, args.precision if part.precision is None else part.precision)
-        dummy = cast_input(args, part)(_forward_args(args, part, where))
+            convert(p.module, precision)
+        dummy = cast(_forward_args(args, part, where), precision)
         _replace(mine, cls, compiled, dummy)
     if args.run_mode == "compile":
         return None
@@ -249,72 +249,9 @@ def _forward_args(args: TrainerArgs, part: ModuleParallelizeConfig, where: str) 
     return made
 
 
-# ---- weights and precision ------------------------------------------------------------------------------------
-
-
 def _own_weights(args: TrainerArgs, part: ModuleParallelizeConfig, module: nn.Module, where: str) -> None:
     if part.tracing_from_weights:
         load_weights(module, part.tracing_from_weights, f"{where}.tracing_from_weights")
     elif part.tracing_from_weights_prefix is not None:
         assert args.tracing_from_weights is not None
         load_weights(module, args.tracing_from_weights, f"{where}.tracing_from_weights_prefix", part.tracing_from_weights_prefix)
-
-
-def load_weights(module: nn.Module, path: str, where: str, prefix: str = "") -> None:
-    """Load a state dict, or its entries that begin with prefix, into a module. Raises ConfigError for what is missing or too much."""
-    prefix = f"{prefix.rstrip('.')}." if prefix else ""
-    state = {k.removeprefix(prefix): v for k, v in _read_state(Path(path), where).items() if k.startswith(prefix)}
-    if prefix and not state:
-        raise ConfigError(f"{where} {prefix!r}: no entry of {path} begins with it")
-    try:
-        missing, unexpected = module.load_state_dict(state, strict=False)
-    except RuntimeError as e:  # shapes
-        raise ConfigError(f"{where}: {path} does not fit {type(module).__qualname__}: {e}") from e
-    same: dict[int, list[str]] = {}
-    for name, t in module.state_dict(keep_vars=True).items():
-        same.setdefault(id(t), []).append(name)
-    tied = {n for names in same.values() if any(n in state for n in names) for n in names}
-    wrong = [f"it has no {n}" for n in missing if n not in tied] + [f"the model has no {n}" for n in unexpected]
-    if wrong:
-        raise ConfigError(f"{where}: {path} does not fit {type(module).__qualname__}: {'; '.join(wrong[:5])}")
-
-
-def _read_state(path: Path, where: str) -> dict[str, Tensor]:
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    if not files or not files[0].is_file():
-        raise ConfigError(f"{where}: there is no {'.safetensors file in' if path.is_dir() else 'file'} {path}")
-    try:
-        if files[0].suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return {k: v for f in files for k, v in load_file(f).items()}
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:
-        raise ConfigError(f"{where}: cannot read {path}: {e}") from e
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ConfigError(f"{where}: {path} holds no state dict (a dict of names to tensors); save model.state_dict() there")
-    return dict(state)
-
-
-def dtype_of(precision: str | Mapping[str, str] | None, kind: str) -> torch.dtype | None:
-    """The dtype of 'param', 'buffer' or 'input' tensors; None: as they are."""
-    name = precision.get(kind) if isinstance(precision, Mapping) else precision
-    return DTYPES[name or "none"]
-
-
-def convert(model: nn.Module, precision: str | Mapping[str, str] | None, skip: Collection[int] = ()) -> nn.Module:
-    """Parameters and buffers in the floating types that precision asks for, in place; those with an id in skip stay."""
-    for kind, tensors in (("param", model.parameters()), ("buffer", model.buffers())):
-        dtype = dtype_of(precision, kind)
-        for t in tensors if dtype else ():
-            if t.is_floating_point() and id(t) not in skip:
-                t.data = t.data.to(dtype)
-    return model
-
-
-def cast_input(args: TrainerArgs, part: ModuleParallelizeConfig | None = None) -> Callable[[Any], Any]:
-    """A function that brings the floating tensors of a sample to the input precision."""
-    dtype = dtype_of(part.precision if part and part.precision is not None else args.precision, "input")
-    if dtype is None:
-        return lambda sample: sample
-    return lambda sample: pytree.tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, sample)
