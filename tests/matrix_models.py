@@ -101,7 +101,12 @@ class Conv(nn.Module):
     def __init__(self):
         super().__init__()
         self.stem, self.n1 = nn.Conv2d(4, 8, 3, padding=1), nn.GroupNorm(2, 8)
-        self.c2, self.n2, self.c3, self.n3 = nn.Conv2d(8, 8, 3, padding=1), nn.GroupNorm(4, 8), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+        self.c2, self.n2, self.c3, self.n3 = (
+            nn.Conv2d(8, 8, 3, padding=1),
+            nn.GroupNorm(4, 8),
+            nn.Conv2d(8, 8, 1, bias=False),
+            nn.BatchNorm2d(8),
+        )
         self.head = nn.Linear(8, 8)
         for p in (*self.stem.parameters(), *self.n1.parameters()):
             p.requires_grad_(False)

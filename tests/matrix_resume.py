@@ -108,7 +108,7 @@ def same_bits(got: Any, want: Any, where: str = "") -> str:
 def close(got: list, want: list) -> Result:
     """The worst error of losses, norms, and of the merged parameters and optimizer state, relative as in the matrix.
 
-    NB: state of a parameter whose gradient is nothing but rounding (the bias of keys, a bias before batch norm) is nothing but rounding
+    NB: state of a parameter whose gradient is nothing but rounding (the bias of keys in attention) is nothing but rounding
     either; it is compared with a hundredth of the largest entry that any parameter has.
     """
     a, b = ({k: v for rank in ranks for k, v in rank[0].items()} for ranks in (got, want))
