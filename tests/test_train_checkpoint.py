@@ -151,6 +151,29 @@ def test_training_goes_on_while_it_is_written(tmp_path, monkeypatch):
         assert float(load(saver, tmp_path / kind / "last")[1][0].weight.detach()[0, 0]) == 9
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("kind", SAVE_TYPES)
+def test_cuda_state_is_copied_to_pinned_memory(tmp_path, kind):
+    torch.manual_seed(0)
+    module = nn.Linear(300, 200).cuda()
+    optimizer = torch.optim.AdamW(module.parameters(), capturable=True)
+    module(torch.ones(2, 300, device="cuda")).sum().backward()
+    optimizer.step()
+    want = copy.deepcopy((module.state_dict(), optimizer.state_dict()))
+    saver = made(tmp_path, kind, async_save=True)
+    save(saver, 1, (module, optimizer))
+    drawn = torch.rand(3, device="cuda")
+    for t in (module.weight, *optimizer.state[module.weight].values()):
+        t.data.fill_(9)
+    saver.wait()
+    assert all(t.is_pinned() for t in saver._staging._kept)
+    found = saver.load(saver.find("last"), module=module, optimizer=optimizer)
+    assert torch.equal(module.weight, want[0]["weight"]) and module.weight.is_cuda
+    assert all(torch.equal(t, want[1]["state"][0][k]) for k, t in optimizer.state[module.weight].items())
+    found.restore_rng()
+    assert torch.equal(torch.rand(3, device="cuda"), drawn) == (kind != "merged")
+
+
 def test_memory_for_copies_is_kept(tmp_path):
     saver = made(tmp_path, async_save=True)
     pair = trained()
@@ -615,8 +638,9 @@ def die(folder, kind, later, rank):
     save(saver, 1)
     saver.wait()
     if rank == 1:
-        saving.Meeting.together = lambda self, what, fn: os.kill(os.getpid(), signal.SIGKILL) if self.dying else fn()
-        saving.Meeting.dying = True
+        where = "save_file" if kind == "sharded" else "checkpoint.write"
+        owner = saving if kind == "sharded" else saving.checkpoint
+        setattr(owner, where.rpartition(".")[2], lambda *args: os.kill(os.getpid(), signal.SIGKILL))
     try:
         save(saver, 2)
         saver.wait()
@@ -626,14 +650,17 @@ def die(folder, kind, later, rank):
 
 
 @pytest.mark.procs
-@pytest.mark.parametrize("later", [False, True])
-def test_a_rank_that_is_killed_in_a_save(tmp_path, later):
+@pytest.mark.parametrize(("kind", "later"), [("sharded", False), ("sharded", True), ("dcp", True)])
+def test_a_rank_that_is_killed_in_a_save(tmp_path, kind, later):
     """The other ends, whatever on_save_error says; the checkpoint before is there."""
     with pytest.raises(ProcessesFailed) as e:
-        run_processes(lambda rank: die(tmp_path, "sharded", later, rank), 2, timeout=30)
+        run_processes(lambda rank: die(tmp_path, kind, later, rank), 2, timeout=30)
     assert "rank 1: killed" in str(e.value) and "said: lost contact with the other ranks" in str(e.value)
+    assert names(tmp_path) == ["0000-0000001", "best", "last"], "the one that lives has removed what was begun"
     saver = made(tmp_path / "x")
-    assert json.loads((tmp_path / "last" / "autopar.json").read_text())["trainer"]["step"] == 1
+    if kind == "dcp":
+        assert load(saver, tmp_path / "last")[0].status == {"finished_train_steps": 1}
+        return
     with pytest.raises(CheckpointError, match=r"of 2 ranks in scale units of 1; here are 1 in units of 1\. Merge it"):
         load(saver, tmp_path / "last")
 
