@@ -26,7 +26,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_losses_of_20_steps(name, tmp_path):
     n, plan, policy, compute, accumulation, size, precision = LAYOUTS[name]
-    args = cases.mlp_args(
+    args = cases.shared_args(
         tmp_path,
         compute_config={"plan_ngpus": plan, "runtime_ngpus": n, **compute},
         pas_policy=policy,

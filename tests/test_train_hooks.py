@@ -78,7 +78,7 @@ def validation(*counts):
 def args_of(folder, **changes):
     """Epochs of 5 micro batches in windows of 3; a validation set of 4 micro batches."""
     dataset = {"train_args": {"size": 10}, "val_args": {"size": 8}}
-    base = cases.mlp_args(folder, dataset=dataset, grad_accumulation_steps=3, checkpoint={"no_save": False, "every_n_train_steps": 3})
+    base = cases.shared_args(folder, dataset=dataset, grad_accumulation_steps=3, checkpoint={"no_save": False, "every_n_train_steps": 3})
     return cases.merged(base, changes)
 
 
@@ -137,7 +137,7 @@ def test_sync_grad_hooks_see_gradients_before_and_after(tmp_path, n, compute):
             (piece,) = [p.param for p in trainer.optimizer.reducer.pieces if p.name == "layers.0.up.bias"][:1] or [None]
             self.seen["after"] = None if piece is None else piece.grad.clone()
 
-    args = cases.mlp_args(tmp_path, hook={"type": Hook}, compute_config=compute, max_train_steps=1, grad_accumulation_steps=2)
+    args = cases.shared_args(tmp_path, hook={"type": Hook}, compute_config=compute, max_train_steps=1, grad_accumulation_steps=2)
 
     def rank_main(rank):
         cases.train(args)
@@ -189,7 +189,7 @@ class HookedStepLR(StepLR, overriding("scheduler: ")):
 @pytest.mark.parametrize("mixed", [False, True])
 def test_models_optimizers_and_schedulers_that_are_hooks(tmp_path, mixed):
     CALLS.clear()
-    args = cases.mlp_args(
+    args = cases.shared_args(
         tmp_path,
         model={"type": HookedModel},
         optimizer={"type": HookedSGD, "master_weights": mixed},
@@ -217,7 +217,7 @@ def test_an_ordinary_model_that_is_a_hook(tmp_path):
     CALLS.clear()
     part = {"type": cases.Layer, "forward_args_gen_fn": cases.layer_args}
     model = {"type": HookedAround, "parallel_modules": [part]}
-    cases.train(cases.mlp_args(tmp_path, model=model, compute_config={"use_end2end": False}, max_train_steps=1))
+    cases.train(cases.shared_args(tmp_path, model=model, compute_config={"use_end2end": False}, max_train_steps=1))
     assert CALLS == ["around"]
 
 
@@ -233,7 +233,7 @@ def with_self(self, trainer, epoch, idx, step_metrics, aggregated_outputs):
 
 def test_a_map_of_functions(tmp_path):
     CALLS.clear()
-    cases.train(cases.mlp_args(tmp_path, hook={"on_step_start": plain, "on_step_end": with_self}, max_train_steps=2))
+    cases.train(cases.shared_args(tmp_path, hook={"on_step_start": plain, "on_step_end": with_self}, max_train_steps=2))
     assert CALLS == ["plain 0 0", "with self 0 0", "plain 0 1", "with self 0 1"]
 
 
@@ -266,7 +266,7 @@ def test_hooks_change_what_is_logged_and_what_is_trained(tmp_path):
         def finalize(self, status):
             assert status == "finished"
 
-    args = cases.mlp_args(
+    args = cases.shared_args(
         tmp_path, hook={"type": Hook}, log=[{"type": Log}], max_train_steps=2, val_every_n_train_steps=2, dataset={"val_args": {"size": 4}}
     )
     trainer, _ = cases.train(args)
@@ -284,7 +284,7 @@ def test_what_hooks_save_they_get_back(tmp_path):
             CALLS.append(checkpoint)
 
     CALLS.clear()
-    args = cases.mlp_args(tmp_path, hook={"type": Hook}, checkpoint={"no_save": False}, max_train_steps=1)
+    args = cases.shared_args(tmp_path, hook={"type": Hook}, checkpoint={"no_save": False}, max_train_steps=1)
     cases.train(args)
     cases.train(cases.merged(args, {"checkpoint": {"resume_from": "last"}, "max_train_steps": 2}))
     assert CALLS[0]["mine"]["rank"] == 0 and torch.equal(CALLS[0]["mine"]["weights"], torch.arange(3))
@@ -299,7 +299,7 @@ def test_what_hooks_save_they_get_back(tmp_path):
 )
 def test_wrong_arguments_are_found_before_training(tmp_path, hook, message):
     with pytest.raises(autopar.ConfigError, match=message):
-        cases.train(cases.mlp_args(tmp_path, hook=hook))
+        cases.train(cases.shared_args(tmp_path, hook=hook))
 
 
 def test_unknown_hook():
@@ -311,7 +311,7 @@ def test_hooks_that_nobody_overrides_are_not_called(tmp_path):
     class Silent(TrainHook):
         def on_epoch_end(self, trainer, epoch): ...
 
-    trainer, _ = cases.train(cases.mlp_args(tmp_path, hook={"type": Silent}, max_train_steps=1))
+    trainer, _ = cases.train(cases.shared_args(tmp_path, hook={"type": Silent}, max_train_steps=1))
     assert [e.__name__ for e in trainer.events._receivers] == ["EpochEnd"]
 
 

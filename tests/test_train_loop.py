@@ -12,16 +12,10 @@ from tests import train_cases as cases
 from tests.procs import run_processes
 
 
-@pytest.fixture(scope="module")
-def gen(tmp_path_factory):
-    """Generated code is shared by the tests of this file."""
-    return tmp_path_factory.mktemp("gen")
-
-
 @pytest.fixture
-def run(gen, tmp_path):
+def run(tmp_path):
     def call(n=1, give=lambda trainer, seen: (trainer.train_status.finished_train_steps, seen), **changes):
-        args = cases.mlp_args(tmp_path, gen_savedir=str(gen), gen_reuse="moo", **changes)
+        args = cases.shared_args(tmp_path, **changes)
 
         def rank_main(rank):
             return give(*cases.train(args))
@@ -181,7 +175,6 @@ def test_per_token_mean(run, n):
         dataset={"type": cases.Labelled, "train_args": {"size": 16}},
         optimizer={"grad_reduction": "per-token-mean", "loss_reduction": "sum", "aggregate_outputs_fn": cases.count_tokens_fn},
         grad_accumulation_steps=2,
-        instance_name="tokens",
         max_epochs=1,
         give=lambda trainer, seen: (seen.losses, seen.norms),
     )
@@ -298,7 +291,7 @@ def sampler_seen(trainer, seen):
 
 
 def test_units_share_the_data_and_ranks_of_a_unit_do_not(run):
-    tp = {"compute_config": {"plan_ngpus": 2, "runtime_ngpus": 4}, "pas_policy": "tp", "max_train_steps": 1, "instance_name": "tp"}
+    tp = {"compute_config": {"plan_ngpus": 2, "runtime_ngpus": 4}, "pas_policy": "tp", "max_train_steps": 1}
     assert run(4, give=sampler_seen, **tp) == [(2, 0, 2), (2, 0, 2), (2, 1, 2), (2, 1, 2)]
 
 
@@ -310,7 +303,7 @@ def test_ranks_of_a_unit_with_different_data_are_found(run):
 
     with pytest.raises(AssertionError, match="ranks 0, 1 form one scale unit, but the first batches of epoch 0 differ"):
         run(
-            2, give=attempt, dataset={"type": cases.Stream}, compute_config={"plan_ngpus": 2}, pas_policy="tp", instance_name="wrong",
+            2, give=attempt, dataset={"type": cases.Stream}, compute_config={"plan_ngpus": 2}, pas_policy="tp",
         )  # fmt: skip
 
 

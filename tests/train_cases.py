@@ -8,8 +8,10 @@ import copy
 import os
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset, DistributedSampler, IterableDataset, default_collate
@@ -216,6 +218,13 @@ def mlp_args(folder: str | Path, **changes: Any) -> dict[str, Any]:
         "seed": 7,
     }
     return merged(base, changes)
+
+
+def shared_args(folder: str | Path, **changes: Any) -> dict[str, Any]:
+    """mlp_args of a test in a folder of its own; generated code is in the folder above, for the other tests to use."""
+    args = mlp_args(folder, **changes)
+    kind = repr([args.get(k) for k in ("compute_config", "pas_policy", "model", "precision", "micro_batch_size")])
+    return {**args, "gen_savedir": str(Path(folder).parent / "gen"), "gen_reuse": "moo", "instance_name": f"i{crc32(kind.encode())}"}
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -41,8 +41,10 @@ class Interrupts:
 
     def _come(self, number: int, frame: Any) -> None:
         if os.getpid() != self._owner:  # a worker of a loader, which has inherited this
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+            # NB: Ctrl-C on a terminal reaches workers too, and the run still needs them.
+            if number != signal.SIGINT:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
             return
         self.requested = number
         self._restore()

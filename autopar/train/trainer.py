@@ -179,7 +179,7 @@ class Trainer:
 
     def _train(self) -> None:
         self.loop = Loop(self)
-        with faults.guarded(self.mesh, "training, outside of forward and backward"), self.interrupts.watched():
+        with faults.guarded(self.mesh, "outside of forward and backward"), self.interrupts.watched():
             self.loop.measure()
             self.loggers.setup(
                 {
