@@ -21,7 +21,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 
 bench: $(VENV)/.installed
-	for f in compile step runtime zoo; do $(BIN)/python benchmarks/$$f.py; done
+	for f in compile step runtime trainer zoo; do $(BIN)/python benchmarks/$$f.py; done
 
 clean:
 	rm -rf $(VENV) .autopar build *.egg-info

@@ -88,7 +88,7 @@ class Turns(TrainHook):
 
 
 def overhead(folder: str, rounds: int, each: int) -> None:
-    """Seconds per round of `each` steps: {'cpu': {'trainer': [...], 'bare': [...]}, 'wall': ...}, cpu of all ranks. The first is to warm up."""
+    """Seconds per round, cpu of all ranks: {"cpu": {"trainer": [...], "bare": [...]}, "wall": ...}. The first round is to warm up."""
     steps = (rounds + 1) * each
     torch.set_num_threads(1)
     Trainer(

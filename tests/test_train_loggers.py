@@ -1,5 +1,5 @@
 """What a person watching sees: bar and lines, JSON lines, TensorBoard and Weights & Biases read back, profiles.
-The loggers are driven by hand here; a real run is in the last part.
+The loggers are driven by hand, and in the last part by real runs.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -25,6 +26,8 @@ from autopar.train import console
 from autopar.train.loggers import ConsoleLogger, JsonLinesLogger, Loggers, TensorBoardLogger, WandbLogger
 from autopar.train.profiler import Profiler
 from autopar.train.spec import ProfileSpec
+from tests import train_cases as cases
+from tests.procs import run_processes
 
 RUN = {"args": {"model": {"type": "m.GPT"}, "seed": 7}, "finished_train_steps": 0, "total_train_steps": 25, "device": "2 x cpu"}
 STEP = {
@@ -331,3 +334,67 @@ def test_memory_snapshot(tmp_path):
     profiler = Profiler(spec, rank=0, device="cuda")
     steps(profiler, 1, 3)
     assert (tmp_path / "rank0/steps3-3.pickle").stat().st_size > 0
+
+
+# -- real runs
+
+
+def gpt_args(folder: Path, **changes) -> dict:
+    log = [
+        {"type": "TensorBoardLogger", "args": {"name": "run", "root_dir": str(folder / "tb")}},
+        {"type": "JsonLinesLogger", "args": {"path": str(folder / "log.jsonl")}},
+    ]
+    data = {"type": f"{cases.NAME}.ByteDataset", "train_args": {"size": 24}, "val_args": {"size": 6, "seed": 1}}
+    model = {"type": f"{cases.NAME}.TinyGPT"}
+    every = {"max_epochs": 1, "val_every_n_train_steps": 4, "val_every_n_epochs": None, "log_progress_every_n_train_steps": 2}
+    return cases.mlp_args(folder, **{"log": log, "dataset": data, "model": model, **every, **changes})
+
+
+def test_what_a_run_on_two_ranks_leaves(tmp_path):
+    """24 samples, micro batches of 2 on 2 ranks: 6 steps, with validation after the fourth."""
+    pytest.importorskip("tensorboard")
+
+    def rank_main(rank: int) -> tuple:
+        trainer, seen = cases.train(gpt_args(tmp_path))
+        return len(trainer.loggers), seen.losses, seen.norms, seen.val
+
+    (count, losses, norms, val), (others, *_) = run_processes(rank_main, 2, timeout=120)
+    assert (count, others) == (3, 0), "console, TensorBoard and JSON lines, on rank 0 alone"
+    found = scalars(tmp_path / "tb/run")
+    names = ["train_loss", "gnorm", "lr", "epoch", "step_s", "tokens_per_s", "samples_per_s", "tflops", "memory_gb", "data_wait_s"]
+    assert sorted(found) == sorted([*(f"train/{n}" for n in names), "val/val_loss"])
+    assert found["train/train_loss"] == [(s, pytest.approx(loss)) for s, loss in enumerate(losses, 1)] and len(losses) == 6
+    assert found["train/gnorm"] == [(s, pytest.approx(norm)) for s, norm in enumerate(norms, 1)]
+    assert found["val/val_loss"] == [(s, pytest.approx(loss)) for s, loss in val.items()]
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [r["train_loss"] for r in rows if r["tag"] == "train"] == losses
+    for r in (r for r in rows if r["tag"] == "train"):
+        assert set(r) == {"step", "tag", *names}
+        assert r["tokens_per_s"] * r["step_s"] == pytest.approx(2 * 2 * (cases.T + 1)), "both ranks' tokens"
+        assert r["samples_per_s"] * r["step_s"] == pytest.approx(4)
+        assert 0 <= r["data_wait_s"] <= r["step_s"] and r["tflops"] > 0
+
+
+def test_lines_of_a_run(tmp_path, capsys):
+    cases.train(gpt_args(tmp_path, log=[], val_every_n_train_steps=5))
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"training from step 0 to 12 on 1 x cpu, 0\.00\d+ MFLOP per token", lines[0])
+    shown = [re.match(r"(?:epoch 0  )?(step \d+/12|val after step \d+|finished after step 12)", line)[1] for line in lines[1:]]
+    assert [s for s in shown if "val" not in s] == [f"step {s}/12" for s in (1, 2, 4, 6, 8, 10, 12)] + ["finished after step 12"]
+    assert [s for s in shown if "val" in s] == ["val after step 5", "val after step 10"]
+    step = r"epoch 0  step 2/12  loss \d\.\d{4}  gnorm \S+  lr 0\.1  [\d,]+ tok/s  \S+ TFLOP/s  mem \d\.\d\d GB  data \d+%"
+    assert re.fullmatch(step, lines[2]), "no MFU on a device that is not in the table"
+
+
+def test_profiles_of_every_rank(tmp_path):
+    profile = {"every_n_train_steps": 2, "active_steps": 1, "folder": str(tmp_path / "p")}
+    run_processes(lambda rank: bool(cases.train(gpt_args(tmp_path, log=[], profile=profile, max_train_steps=4))), 2, timeout=120)
+    assert traces(tmp_path / "p") == ["rank0/steps3-3.json", "rank1/steps3-3.json"]
+
+
+def test_a_full_disk_of_the_logger_does_not_end_training(tmp_path, caplog):
+    log = [{"type": "JsonLinesLogger", "args": {"path": "/dev/full"}}]
+    with caplog.at_level(logging.WARNING):
+        trainer, _ = cases.train(gpt_args(tmp_path, log=log))
+    assert trainer.train_status.finished_train_steps == 12
+    assert [r.message.partition(":")[0] for r in caplog.records] == ["JsonLinesLogger.log_metrics failed, and is left out from now on"]

@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-import train_cases
-from procs import run_processes
 from torch import nn
 
 import autopar
 from autopar.train import metrics
 from autopar.train.flops import Work, count_tokens, flops_per_token, peak_tflops, trained_flops, work_of
 from autopar.train.metrics import Meter, TrainStepMetrics, ValMetrics
+from tests import train_cases
+from tests.procs import run_processes
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from llama import Config, Llama
