@@ -142,6 +142,21 @@ def test_a_rank_that_updates_nothing_of_a_group():
     assert a[0] == b[0] and a[2] == b[2] and 0 in (*a[1], *b[1])
 
 
+@pytest.mark.parametrize("given", [None, {"zero_ngroups": 1}, {"use_zero": False}])
+def test_the_configuration_that_the_module_was_compiled_with(given):
+    """It is what counts where none is given; a dict changes settings of it."""
+    at = layout("tied", "units2")
+
+    def fn(mesh, rank):
+        model = at.load(mesh)
+        model.compute_config = zero_config(at, use_zero=1)  # as parallelize leaves it
+        o = build_optimizer(model, torch.optim.SGD, given, lr=0.1)
+        return sum(p.param.numel() for p, _ in o.named_pieces()), sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    (a, all_), (b, _) = run_ranks(at.mesh, fn, units=2)
+    assert a + b == (2 * all_ if given == {"use_zero": False} else all_)
+
+
 # -- state
 
 

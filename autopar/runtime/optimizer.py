@@ -229,7 +229,7 @@ class ParallelOptimizer(Wrapper):
 def _config(module: nn.Module, given: ComputeConfig | Mapping[str, Any] | None) -> ComputeConfig:
     """The given configuration; a dict changes settings of the one that the module was compiled with."""
     parts = [m for m in module.modules() if isinstance(m, ParallelModule)]
-    known = next((c for m in parts if (c := getattr(m, "_compute_config", None)) is not None), None)
+    known = next((c for m in parts if (c := m.compute_config) is not None), None)
     config = given if isinstance(given, ComputeConfig) else ComputeConfig.of({**(known.to_dict() if known else {}), **(given or {})})
     if config.inference_only:
         raise ConfigError("the module was compiled with inference_only=True; it cannot be trained")
