@@ -68,7 +68,7 @@ class Feed:
         self._iterator: Iterator[Any] = iter(())
         self._start: dict[str, Any] | None = None  # random states when the epoch began
         self.epoch = self.taken = 0
-        self._stateful = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+        self._stateful = _keeps_place(loader)
 
     def length(self) -> int:
         """Micro batches of an epoch on this rank; -1 where the loader does not know."""
@@ -127,6 +127,10 @@ class Feed:
 _END = object()
 
 
+def _keeps_place(loader: Any) -> bool:
+    return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+
+
 def batch_size(batch: Any) -> int:
     first = next(iter(tensors(batch)), None)
     return 1 if first is None or not first.dim() else first.shape[0]
@@ -152,7 +156,11 @@ def example(dataset: Any, loader: Any, micro_batch_size: int) -> Any:
             if n == 0:
                 raise ConfigError(f"the training set is empty: {type(dataset).__name__} has 0 samples")
             return loader.collate_fn([dataset[i % n] for i in range(micro_batch_size)])
+        # NB: a loader that keeps its place would go on behind what is read here
+        place = loader.state_dict() if _keeps_place(loader) else None
         batch = next(iter(loader), _END)
+        if place is not None:
+            loader.load_state_dict(place)
     if batch is _END:
         raise ConfigError(f"the training set is empty: {type(loader).__name__} gave no batch")
     return batch
