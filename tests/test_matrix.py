@@ -73,16 +73,16 @@ def test_modes_are_at_work(tmp_path):
 # -- broken on purpose: what is replaced, by what, and the first cell that must notice
 
 
-def no_publish(self):
+def no_publish(self, *rest):
     return Pending()
 
 
-def own_part_only(axis, out, t):
+def own_part_only(axis, out, t, *rest):
     out.view(axis.size, -1)[axis.rank].copy_(t.clone())
     return Pending()
 
 
-def own_slice(axis, out, t):
+def own_slice(axis, out, t, *rest):
     out.copy_(t.view(axis.size, -1)[axis.rank])
     return Pending()
 
@@ -96,25 +96,25 @@ def no_clip(self, max_norm, error_if_nonfinite=False):
 
 
 def last_bucket_lost(real):
-    def all_reduce(axis, t):
-        return Pending() if t.numel() < 100 else real(axis, t)
+    def all_reduce(axis, t, *rest):
+        return Pending() if t.numel() < 100 else real(axis, t, *rest)
 
     return all_reduce
 
 
 def wrong_range(real):
-    def give(self, grads):
-        real(self, grads.roll(1))
+    def give(self, grads, *rest):
+        real(self, grads.roll(1), *rest)
 
     return give
 
 
 BREAKS = {
-    "gradients are not summed": (reducer, "all_reduce", lambda axis, t: Pending(), "mlp", "dp2", ("none", "sgd")),
+    "gradients are not summed": (reducer, "all_reduce", lambda axis, t, *rest: Pending(), "mlp", "dp2", ("none", "sgd")),
     "gradients of small buckets are not summed": (
         reducer, "all_reduce", last_bucket_lost(reducer.all_reduce), "gpt", "dp2", ("none", "adamw"),
     ),
-    "gradients are not summed inside a unit": (reducer, "all_reduce", lambda axis, t: Pending(), "mlp", "data2", ("none", "adamw")),
+    "gradients are not summed inside a unit": (reducer, "all_reduce", lambda axis, t, *rest: Pending(), "mlp", "data2", ("none", "adamw")),
     "activations are not summed": (collectives, "_p_to_i", lambda x, axis: x, "mixed", "tp2", ("none", "sgd")),
     "activations are cut, not summed": (collectives, "_p_to_s", collectives._i_to_s, "conv", "tp2", ("none", "adamw")),
     "gradients are not scattered": (
