@@ -74,13 +74,16 @@ class Classes:
     @cached_property
     def list_sizes(self) -> dict[str, int]:
         """Absolute path of a module -> number of its children where they are 0..n-1, else 0."""
-        children: dict[str, set[str]] = {}
-        paths = [n for t in self.graph.tensors for n in (t.name, *t.aliases)]
-        paths += [base_path(p) + ".x" for b in self.program.blocks.values() for p in b.instances]
-        for path in paths:
-            parts = path.split(".")
-            for i in range(1, len(parts)):
-                children.setdefault(".".join(parts[: i - 1]), set()).add(parts[i - 1])
+        children: dict[str, set[str]] = {"": {""}}  # the generated module itself is no list
+        modules = [n.rpartition(".")[0] for t in self.graph.tensors for n in (t.name, *t.aliases)]
+        modules += [base_path(p) for b in self.program.blocks.values() for p in b.instances]
+        seen = {""}
+        for path in modules:
+            while path not in seen:  # NB: what is above a module that was seen was seen too
+                seen.add(path)
+                above, _, leaf = path.rpartition(".")
+                children.setdefault(above, set()).add(leaf)
+                path = above
         return {p: len(c) if c == {str(i) for i in range(len(c))} else 0 for p, c in children.items()}
 
     @cached_property

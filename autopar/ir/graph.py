@@ -283,7 +283,7 @@ def op_outputs(block: Block, op: Op) -> tuple[Value, ...]:
 
 def join(*parts: str) -> str:
     """Join module paths, skipping empty parts."""
-    return ".".join(p for p in parts if p)
+    return ".".join(filter(None, parts))
 
 
 def generalise(paths: tuple[str, ...]) -> str:

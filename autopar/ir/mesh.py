@@ -4,6 +4,7 @@ Must not know about processes or process groups (that is runtime/groups.py)."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 
 from autopar.errors import ConfigError
@@ -30,11 +31,11 @@ class Mesh:
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(n for n, _ in self.axes)
+        return _columns(self.axes)[0]
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        return tuple(k for _, k in self.axes)
+        return _columns(self.axes)[1]
 
     @property
     def size(self) -> int:
@@ -66,3 +67,9 @@ class Mesh:
                 raise ConfigError(f"mesh piece {piece!r} is not of the form name=size, as in 'dp=2,tp=4'")
             axes.append((name.strip(), int(size)))
         return Mesh(tuple(axes))
+
+
+@cache
+def _columns(axes: tuple[tuple[str, int], ...]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Names and sizes. NB: not kept in the Mesh, whose attributes tell plans and policies apart (codegen/identity.py)."""
+    return tuple(n for n, _ in axes), tuple(k for _, k in axes)

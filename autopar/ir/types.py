@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import pairwise
 from math import prod
 
@@ -140,6 +140,7 @@ def nesting(t: Type, dim: int) -> list[int]:
     return [i for _, i in sorted((a.nest, i) for i, a in enumerate(t) if a.kind == "S" and a.dim == dim)]
 
 
+@cache
 def is_valid(t: Type) -> bool:
     """Nest positions of each sharded dim are 0..n-1, and a dim sharded inside groups has one axis."""
     dims = {a.dim for a in t if a.kind == "S"}

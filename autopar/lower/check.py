@@ -108,8 +108,12 @@ def _placements(s: Shared) -> dict[str, Type]:
     tensors = {t.name: t for t in s.graph.tensors}
     for name in sorted(set(placed) ^ set(tensors)):
         s.errors.append(f"placements: {name} " + ("is no tensor of the graph" if name in placed else "has no placement"))
-    for name in placed.keys() & tensors.keys():
-        s.errors += [f"placements: {name}: {e}" for e in wrong_type(tensors[name].shape, placed[name], s.mesh)]
+    wrong: dict[tuple[tuple[int, ...], Type], list[str]] = {}
+    for name in sorted(placed.keys() & tensors.keys()):
+        case = tensors[name].shape, placed[name]
+        if case not in wrong:
+            wrong[case] = wrong_type(*case, s.mesh)
+        s.errors += [f"placements: {name}: {e}" for e in wrong[case]]
         if any(a.kind == "P" for a in placed[name]):
             s.errors.append(f"placements: {name} is placed {show(placed[name])}; a tensor that is kept cannot be P")
     return placed

@@ -171,11 +171,18 @@ def _corrections(graph: Graph, plan: Plan, chosen: Resolved) -> dict[str, dict[s
     got = {path: v.choices for v in resolve_partial(graph, plan).variants.values() for path in v.instances}
     fixed: dict[str, dict[str, str]] = defaultdict(dict)
     for v in chosen.variants.values():
+        known: dict[int, list[tuple[str, str, str]]] = {}  # instances of one variant of the plan's need the same entries
         for path in v.instances:
-            for op_id, want in v.choices.items():
-                for axis, w, g in zip(plan.mesh.names, want, got[path][op_id], strict=True):
-                    if (w or "I") != (g or "I"):
-                        fixed[address(path, op_id)][axis] = w or "I"
+            found = got[path]
+            if id(found) not in known:
+                known[id(found)] = [
+                    (op_id, axis, w or "I")
+                    for op_id, want in v.choices.items()
+                    for axis, w, g in zip(plan.mesh.names, want, found[op_id], strict=True)
+                    if (w or "I") != (g or "I")
+                ]
+            for op_id, axis, w in known[id(found)]:
+                fixed[address(path, op_id)][axis] = w
     return dict(fixed)
 
 
