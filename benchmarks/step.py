@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -83,10 +85,12 @@ def two_ranks(hidden: int, count: int, each: int) -> None:
         torch.manual_seed(0)
         return Llama(config)
 
-    with tempfile.TemporaryDirectory() as tmp:
-        compute = autopar.ComputeConfig(plan_ngpus=2, constant_folding=True)
-        generated = autopar.parallelize(fresh(), args, megatron, compute, gen_savedir=tmp, reuse="override")
-        dist.barrier()
+    folder = Path(tempfile.gettempdir()) / f"autopar-step-{os.environ['TORCHELASTIC_RUN_ID']}"  # one for both ranks
+    compute = autopar.ComputeConfig(plan_ngpus=2, constant_folding=True)
+    generated = autopar.parallelize(fresh(), args, megatron, compute, gen_savedir=folder, reuse="override")
+    dist.barrier()
+    if rank == 0:
+        shutil.rmtree(folder)
     steps = {
         "generated": make_step(generated, args, generated.sync_grads),
         "handwritten": make_step(handwritten(fresh(), rank, 2), args),
