@@ -96,15 +96,20 @@ class Turn:
         if self.watch is not None:
             self.watch.doing = what
 
-    def agree(self, samples: Any, flags: Sequence[bool] | None) -> list[bool]:
+    def agree(self, samples: Any, flags: Sequence[bool] | None, *, agreed: bool = False) -> list[bool]:
         """The dummy flags, once all ranks have agreed on the call, the number of samples and, inside each unit, on the flags.
 
         One collective of four numbers: over all ranks for training, inside a unit for inference. Raises StepError on all ranks alike.
+        agreed: the caller has seen to all that, on all ranks; then there is none.
         """
         train = self.kind == "train_step"
         problem = _problem(samples, flags, train)
         n = 0 if problem else len(samples)
         dummies = [bool(f) for f in flags] if flags is not None and not problem else [False] * n
+        if agreed and not problem:
+            if self.watch is not None:
+                self.watch.agreed = self.watch.step - 1  # the last one that all ranks are known to have come through
+            return dummies
         mine = [_KINDS.index(self.kind), n, zlib.crc32(bytes(dummies)), int(bool(problem))]
         # NB: inference talks inside a unit only, and units may well have different numbers of samples.
         first = 0 if train else self.mesh.unit * self.mesh.unit_size

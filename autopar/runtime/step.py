@@ -29,15 +29,17 @@ def train_step(
     samples: Sequence[Any],
     is_dummy_batch: Sequence[bool] | None = None,
     scale_fn: ScaleFn | None = None,
+    *,
+    agreed: bool = False,
 ) -> list[Any]:
-    """See ParallelModule.train_step."""
+    """See ParallelModule.train_step. agreed: all ranks know that they give as many samples, and ranks of a unit the same flags."""
     _require(module, "train_step")
     if getattr(module.compute_config, "inference_only", False):
         raise StepError("this module was compiled with inference_only=True and cannot be trained; call infer_step")
     if not torch.is_grad_enabled():
         raise StepError("train_step was called under torch.no_grad(): there would be no gradients; call it outside, or infer_step")
     with faults.together(module.mesh, "train_step") as turn:
-        dummies = turn.agree(samples, is_dummy_batch)
+        dummies = turn.agree(samples, is_dummy_batch, agreed=agreed)
         _forget_gradients(module)
         reducer = getattr(module, "_grad_reducer", None)
         # NB: a check needs each rank's own gradients, so nothing may leave before it.

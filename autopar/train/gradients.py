@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from autopar.errors import AutoparError, ConfigError, StepError
-from autopar.runtime import faults
+from autopar.runtime import faults, step
 from autopar.runtime.mesh import RankMesh
 from autopar.runtime.module import ParallelModule
 from autopar.runtime.optimizer import ParallelOptimizer
@@ -42,7 +42,10 @@ class AggregatedOutputs:
 
 
 class Passes(Protocol):
-    """How micro batches go through a model: the step that a compiled module has, or forward and backward of an ordinary one."""
+    """How micro batches go through a model: the step that a compiled module has, or forward and backward of an ordinary one.
+
+    Windows have as many batches on all ranks, and on ranks of a scale unit as many dummies; the loop has seen to it.
+    """
 
     def train(self, window: Window, scale: ScaleFn | None) -> list[Any]:
         """Forward and backward of every batch, dummies leaving nothing behind, and the sum over ranks; detached outputs, loss first."""
@@ -63,7 +66,7 @@ class CompiledPasses:
     def train(self, window: Window, scale: ScaleFn | None) -> list[Any]:
         if self._tell is not None:
             scale = self._tell.around(scale, len(window.batches))
-        return self.model.train_step(window.batches, window.dummies, scale)
+        return step.train_step(self.model, window.batches, window.dummies, scale, agreed=True)
 
     def infer(self, batches: list[Any]) -> list[Any]:
         return self.model.infer_step(batches)
@@ -113,7 +116,7 @@ class ModulePasses:
         outputs = []
         reducer = getattr(self.optimizer, "reducer", None)
         with faults.together(self.mesh, "train_step") as turn:
-            dummies = turn.agree(window.batches, window.dummies)
+            dummies = turn.agree(window.batches, window.dummies, agreed=True)
             for i, (batch, dummy) in enumerate(zip(window.batches, dummies, strict=True)):
                 last = i + 1 == len(dummies)
                 if last and getattr(reducer, "_early", False):
@@ -206,7 +209,7 @@ class Gradients:
         self.optimizer.step()
         self._emit(events.AfterOptimizerStep)
 
-    def explain(self, norm: float, passes: Passes, window: Window, step: int) -> StepError:
+    def explain(self, norm: float, passes: Passes, window: Window, number: int) -> StepError:
         """The error for a norm that is not finite where all losses are. NB: on all ranks; the step is made again to find whose it was."""
         model, said = getattr(passes, "model", None), ""
         if isinstance(model, ParallelModule) and model.end2end:
@@ -222,7 +225,7 @@ class Gradients:
             except AutoparError as e:
                 said = str(e).partition(": ")[2]
         said = said or "when the step was made again all was finite; sums of gradients that nearly overflow, or random numbers"
-        return everywhere(f"step {step}: the gradient norm is {norm}: {said}. No rank has changed a parameter in this step")
+        return everywhere(f"step {number}: the gradient norm is {norm}: {said}. No rank has changed a parameter in this step")
 
 
 def everywhere(text: str) -> StepError:

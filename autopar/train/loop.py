@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from autopar.errors import ConfigError
 from autopar.runtime.faults import listed
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     from autopar.train.trainer import Trainer
 
 log = logging.getLogger("autopar.train")
-# The numbers that a rank tells the others in a step. Those of data are told by the first rank of each scale unit alone.
+# The numbers that a rank tells the others in a step. Those of data are told by the first rank of each scale unit alone; how many micro
+# batches come next by all, so that a step needs no agreement of its own.
 LOSS, BATCHES, SAMPLES, TOKENS, NEXT, BAD, SIGNAL, WIDTH = range(8)
 
 
@@ -144,7 +146,7 @@ class Loop:
 
     def _open(self, window: Window, epoch: int, idx: int) -> int:
         """Agree on the first window of an epoch: how many micro batches, and that ranks of a unit got the same ones."""
-        rows = self.exchange([window.real if self.first else 0, self.feed.length(), checksum(window), 0, 0, 0, 0])
+        rows = self.exchange([window.real, self.feed.length(), checksum(window), 0, 0, 0, 0])
         counts, lengths, sums = rows[:, 0], rows[:, 1].tolist(), [int(x) for x in rows[:, 2].tolist()]
         size = self.trainer.mesh.unit_size
         for start in range(0, len(sums), size):
@@ -160,15 +162,23 @@ class Loop:
             log.warning("all scale units train on the same first batches; a loader without a sampler has to shard its data by itself")
         self.steps_per_epoch = None if min(lengths) < 0 else math.ceil(max(lengths) / self.feed.size)
         self.status.anchor(epoch, idx, self.steps_per_epoch)
-        total = int(counts.sum())
+        total = self._total(counts)
         if total == 0 and idx == 0:
             raise ConfigError(f"epoch {epoch} has no batch on any rank; there is nothing to train on")
         return total
 
     def _tell_next(self, window: Window) -> int:
         row = [0.0] * WIDTH
-        row[NEXT] = window.real if self.first else 0
-        return int(self.exchange(row)[:, NEXT].sum())
+        row[NEXT] = window.real
+        return self._total(self.exchange(row)[:, NEXT])
+
+    def _total(self, counts: Tensor) -> int:
+        """Of the micro batches that every rank has next, those of all scale units."""
+        size = self.trainer.mesh.unit_size
+        if size > 1 and not torch.equal(counts, counts[::size].repeat_interleave(size)):
+            said = ", ".join(f"{int(n)} on rank {r}" for r, n in enumerate(counts.tolist()))
+            raise everywhere(f"ranks of one scale unit have different numbers of batches left: {said}; they have to read the same data")
+        return int(counts[::size].sum())
 
     def _step(self, epoch: int, idx: int, window: Window, total: int, ahead: bool) -> tuple[Window | None, int]:
         """One optimizer step; returns the window after it, if it may be read already, and its number of micro batches on all units."""
@@ -194,18 +204,20 @@ class Loop:
         self.status.finished_train_steps += 1
         self._log_step(TrainStepMetrics(loss, gnorm, float(lr), epoch), aggregated, told)
         emit(events.StepEnd, epoch, idx, self._metrics, aggregated)
-        return following, int(told[NEXT])
+        return following, told[NEXT]
 
     def _aggregate(self, outputs: list[Any], window: Window, following: Window | None) -> tuple[AggregatedOutputs, list[float]]:
         """The step's outputs of all ranks put together; and the sums of what ranks have told, for data over the scale units."""
         losses = losses_of(outputs)
         row = self._row
         if self.first:
-            row[:BAD] = (sum(losses), window.real, window.samples, window.tokens, 0 if following is None else following.real)
+            row[:NEXT] = (sum(losses), window.real, window.samples, window.tokens)
+        row[NEXT] = 0 if following is None else following.real
         row[BAD] = not_finite(losses) if self.spec.check_finite else 0
         row[SIGNAL] = self.trainer.interrupts.requested
         rows = self.exchange(row)
         told = rows.sum(0).tolist()
+        told[NEXT] = self._total(rows[:, NEXT])
         if told[BAD]:
             self._stop_for(rows[:, BAD].tolist(), losses)
         if told[SIGNAL] and not self.signal:
