@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from autopar.runtime.state import stored
 from autopar.runtime.state.stored import Stored, locate, read
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.bool, torch.complex64)
@@ -82,6 +83,21 @@ def test_odd_tensors(value):
     target = torch.zeros(value.shape)
     read(file, locate(file, at), [0] * value.dim(), target)
     assert target.equal(value.detach())
+
+
+def test_alike_tensors_are_found_by_their_first_bytes(monkeypatch):
+    """Equal numbers of bytes are not enough."""
+    whole = torch.arange(24, dtype=torch.int32).view(4, 6)
+    values = [torch.randn(4, 6), torch.randn(4, 6), torch.randn(6, 4), torch.randn(6, 4).t(), whole]
+    file, places = file_of(*values, *values)
+    parsed = []
+    monkeypatch.setattr(stored, "locate", lambda f, at: parsed.append(at) or locate(f, at))
+    find = stored.Locator()
+    for value, at in zip(values * 2, places, strict=True):
+        target = torch.zeros(value.shape, dtype=value.dtype)
+        read(file, find(file, at), [0, 0], target)
+        assert target.equal(value)
+    assert 3 <= len(parsed) < len(places)
 
 
 def test_a_file_that_ends_early():

@@ -67,7 +67,23 @@ def all_gather(axis: Axis, out: Tensor, t: Tensor) -> Pending:
     return Pending()
 
 
-def reduce_scatter(axis: Axis, out: Tensor, t: Tensor) -> Pending:
+class Scratch:
+    """Memory for what arrives, used again and again: new memory costs as much as the copy into it."""
+
+    def __init__(self) -> None:
+        self._free: list[Tensor] = []
+
+    def take(self, n: int, like: Tensor) -> Tensor:
+        for i, t in enumerate(self._free):
+            if t.numel() >= n and t.dtype == like.dtype and t.device == like.device:
+                return self._free.pop(i)
+        return like.new_empty(n)
+
+    def give(self, t: Tensor) -> None:
+        self._free.append(t)
+
+
+def reduce_scatter(axis: Axis, out: Tensor, t: Tensor, scratch: Scratch | None = None) -> Pending:
     """out = this rank's part (of `size` equal ones) of the sum of t over the ranks. out and t must not overlap."""
     if axis.size == 1:
         out.copy_(t)
@@ -84,7 +100,8 @@ def reduce_scatter(axis: Axis, out: Tensor, t: Tensor) -> Pending:
     own = t[me * n : (me + 1) * n]
     given = t[n:] if me == 0 else t[:-n] if me == k - 1 else t
     sizes = [n if len(given) == len(t) or r != me else 0 for r in range(k)]
-    parts = t.new_empty(len(given))
+    taken = scratch.take(len(given), t) if scratch is not None else t.new_empty(len(given))
+    parts = taken[: len(given)]
     work = dist.all_to_all_single(parts, given, sizes, sizes, group=axis.comm.group, async_op=True)
 
     def add() -> None:
@@ -94,6 +111,8 @@ def reduce_scatter(axis: Axis, out: Tensor, t: Tensor) -> Pending:
         torch.add(rows[0], rows[1], out=out)
         for row in rows[2:]:
             out.add_(row)
+        if scratch is not None:
+            scratch.give(taken)
 
     return Pending(work, then=add)
 

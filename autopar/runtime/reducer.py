@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from autopar.errors import ConfigError, LayoutError
 from autopar.runtime.axis import Axis
 from autopar.runtime.buckets import Bucket, Item, Piece, make_buckets, ranks_of
-from autopar.runtime.pending import all_reduce, groups_of, overlaps, own_channel
+from autopar.runtime.pending import Scratch, all_reduce, groups_of, overlaps, own_channel
 from autopar.runtime.zero import Shard, Splitter
 from autopar.runtime.zero3 import Gatherer
 
@@ -149,10 +149,11 @@ class GradReducer:
 
         self.shards: dict[Bucket, Shard] = {}
         if zero:
-            split = Splitter(zero_ngroups)
+            split, scratch = Splitter(zero_ngroups), Scratch()
             for b in self.buckets:
                 whole = id(b.items[0]) not in late
-                self.shards[b] = Shard(b, *split(b, axes[b], own=self._early), scatter=use_reduce_scatter or not whole, gathered=whole)
+                how = {"scatter": use_reduce_scatter or not whole, "gathered": whole, "scratch": scratch}
+                self.shards[b] = Shard(b, *split(b, axes[b], own=self._early), **how)
         self.gatherer = Gatherer(module, [s for s in self.shards.values() if not s.gathered]) if freed else None
 
         self._shard_of = {i.name: s for b, s in self.shards.items() for i in b.items}

@@ -50,9 +50,20 @@ class Shard:
     pieces are the parameters that the optimizer gets. gathered=False: the whole buffer exists only between gather() and free().
     """
 
-    def __init__(self, bucket: Bucket, inner: Axis, sender: Axis, across: Axis | None, *, scatter: bool, gathered: bool = True):
+    def __init__(
+        self,
+        bucket: Bucket,
+        inner: Axis,
+        sender: Axis,
+        across: Axis | None,
+        *,
+        scatter: bool,
+        gathered: bool = True,
+        scratch: pending.Scratch | None = None,
+    ):
         self.bucket, self.inner, self.sender, self.across = bucket, inner, sender, across
         self.scatter, self.gathered = scatter, gathered
+        self.scratch = scratch  # NB: not with ZeRO-3, which is there to save memory
         bucket.shards = inner.size
         n = bucket.padded // inner.size
         self.start, self.stop = inner.rank * n, (inner.rank + 1) * n
@@ -89,7 +100,7 @@ class Shard:
             return pending.all_reduce(b.axis, b.flat)
         if self.out is None:
             self.out = torch.empty(self.stop - self.start, dtype=b.flat.dtype, device=b.flat.device)
-        return pending.reduce_scatter(self.sender, self.out, b.grads)
+        return pending.reduce_scatter(self.sender, self.out, b.grads, self.scratch if self.gathered else None)
 
     def receive(self) -> Tensor:
         """Once it is over: the summed gradients of this rank's range."""

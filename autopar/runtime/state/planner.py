@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,7 +28,7 @@ from torch.futures import Future
 
 from autopar.errors import CheckpointError
 from autopar.runtime.state.layout import Box, Layout
-from autopar.runtime.state.stored import Stored, locate, read
+from autopar.runtime.state.stored import Locator, Stored, locate, read
 
 Parts = list[tuple[Box, torch.Tensor]]
 
@@ -128,10 +128,10 @@ class Reader(FileSystemReader):
             files.setdefault(at.relative_path, []).append((at, item))
         for path, items in files.items():
             with (Path(self.path) / path).open("rb") as f:
-                last, found = None, None
+                last, found, find = None, None, Locator()
                 for at, item in sorted(items, key=lambda x: x[0].offset):
                     if at.offset != last:
-                        last, found = at.offset, _located(f, at, item.storage_index)
+                        last, found = at.offset, _located(f, at, item.storage_index, find)
                     read(f, found, item.storage_offsets, planner.resolve_tensor(item).detach())
         done: Future[None] = Future()
         done.set_result(None)
@@ -194,9 +194,9 @@ def objects_of(metadata: Metadata) -> set[str]:
     return {n for n, m in metadata.state_dict_metadata.items() if isinstance(m, BytesStorageMetadata)}
 
 
-def _located(file: BinaryIO, at: Any, index: MetadataIndex) -> Stored | torch.Tensor:
+def _located(file: BinaryIO, at: Any, index: MetadataIndex, find: Callable[..., Any] = locate) -> Stored | torch.Tensor:
     try:
-        return locate(file, at)
+        return find(file, at)
     except Exception as e:  # NB: torch raises RuntimeError, UnpicklingError, EOFError, ...
         raise CheckpointError(f"cannot read {index.fqn} in {file.name}: {type(e).__name__}: {e}") from e
 

@@ -8,7 +8,7 @@ import io
 import sys
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, BinaryIO
 
@@ -49,6 +49,32 @@ class _Part(io.RawIOBase):
         n = self.file.readinto(memoryview(buffer)[: max(0, self.length - self.at)])
         self.at += n
         return n
+
+
+class Locator:
+    """locate() for many tensors: one whose file begins with the very bytes of an earlier one's lies as that one does."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[bytes, int, Stored]] = {}  # by length: all bytes before the numbers, where they begin, and what
+
+    def __call__(self, file: BinaryIO, at: Any) -> Stored | Tensor:
+        if at.length in self._known:
+            head, skip, like = self._known[at.length]
+            file.seek(at.offset)
+            if _masked(file.read(skip)) == head:
+                return replace(like, start=at.offset + skip)
+        found = locate(file, at)
+        if isinstance(found, Stored):
+            skip = found.start - at.offset
+            file.seek(at.offset)
+            self._known[at.length] = _masked(file.read(skip)), skip, found
+        return found
+
+
+def _masked(head: bytes) -> bytes:
+    """Without the checksum of the numbers, in the last header before them."""
+    last = head.rfind(b"PK\x03\x04")
+    return head[: last + 14] + head[last + 18 :] if last >= 0 else head
 
 
 def locate(file: BinaryIO, at: Any) -> Stored | Tensor:
