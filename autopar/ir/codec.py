@@ -163,8 +163,10 @@ def graph_fingerprint(graph: Graph) -> str:
         ops = tuple(x if isinstance(x, ir.Call) else replace(x, src=SOURCE) for x in b.ops)
         put(replace(b, values=values, ops=ops, input_names=()))
     for n, _ in _fields(Graph):
-        if n not in ("blocks", "warnings", "branch"):
+        if n not in ("blocks", "tensors", "warnings", "branch"):
             put((n, getattr(graph, n)))
+    columns = [n for n, _ in _fields(ir.Tensor)]
+    h.update(json.dumps([[getattr(t, n) for n in columns] for t in graph.tensors]).encode())  # NB: there are as many as layers
     if graph.branch is not None:
         put("branch")
     for name in sorted(graph.constants):
