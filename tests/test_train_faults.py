@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import autopar
-from autopar.train import Trainer, TrainHook
+from autopar.train import Trainer, TrainHook, interrupts
 from tests import train_cases as cases
 from tests.procs import run_processes
 
@@ -231,9 +231,15 @@ def test_a_signal_to_one_rank(tmp_path, number, save):
         assert not checkpoints.exists()
 
 
-def test_a_second_signal_ends_it_at_once(tmp_path):
+@pytest.mark.parametrize("soon", [True, False])
+def test_a_second_signal_ends_it_at_once(tmp_path, monkeypatch, soon):
+    """Unless it comes with the first: under torchrun, Ctrl-C does."""
+    monkeypatch.setattr(interrupts, "GRACE", 100.0 if soon else 0.0)
     args = cases.shared_args(tmp_path, hook={"type": Signal, "args": {"number": int(signal.SIGINT), "twice": True}})
     (mine, done, _), (other, _, _) = outcomes(args)
+    if soon:
+        assert (mine, other, done) == ("SystemExit: 130", "SystemExit: 130", 3)
+        return
     assert mine == "KeyboardInterrupt: " and done == 2
     assert "rank 0 failed" in other and "KeyboardInterrupt" in other
 

@@ -8,12 +8,14 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 log = logging.getLogger("autopar.train")
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+GRACE = 3.0  # seconds: of Ctrl-C on a terminal a process hears twice, from the terminal and from torchrun
 
 
 class Interrupts:
@@ -21,6 +23,7 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.requested = 0
+        self._since = 0.0
         self._before: dict[int, Any] = {}
         self._owner = os.getpid()
 
@@ -46,6 +49,9 @@ class Interrupts:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
             return
-        self.requested = number
-        self._restore()
-        log.warning("%s: ending after this step; once more ends at once", signal.Signals(number).name)
+        if not self.requested:
+            self.requested, self._since = number, time.monotonic()
+            log.warning("%s: ending after this step; once more ends at once", signal.Signals(number).name)
+        elif time.monotonic() >= self._since + GRACE:
+            self._restore()
+            os.kill(self._owner, number)
