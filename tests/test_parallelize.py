@@ -335,6 +335,21 @@ def test_inference_only(tmp_path):
     assert all(p.requires_grad for p in module.parameters())
 
 
+@pytest.mark.parametrize("policy,n,units", [("tp", 2, 1), ("data", 2, 1), ("tp", 2, 2)])
+def test_inference_only_on_ranks(policy, n, units, tmp_path):
+    """Every rank returns what the module does, keeps no history and takes no gradient."""
+
+    def run(rank):
+        module = seeded(MLP).eval()
+        config = ComputeConfig(plan_ngpus=n, runtime_ngpus=n * units, inference_only=True)
+        local = parallelize(module, X, policy, config, gen_savedir=tmp_path)
+        out = local(x=X["x"].clone().requires_grad_())
+        close(out, module(**X))
+        return out.requires_grad or any(p.requires_grad for p in local.parameters())
+
+    assert not any(run_processes(run, n * units))
+
+
 # ---- configuration ------------------------------------------------------------------------------------------
 
 
