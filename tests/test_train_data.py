@@ -143,7 +143,7 @@ def test_windows_are_filled_up_with_dummies():
 
 def test_a_rank_without_any_data_uses_the_example():
     data = cases.SimpleDataset()
-    f = Feed(iter_of([]), 2, device=torch.device("cpu"), spare=example(data, DataLoader(data), 3))
+    f = Feed(iter_of([]), 2, device=torch.device("cpu"), spare=example(DataLoader(data), 3))
     f.begin(0)
     window = f.fetch()
     assert window.real == 0 and window.batches[1]["x"].shape == (3, 8)
@@ -162,12 +162,12 @@ def test_inputs_are_prepared():
 def test_the_example_is_collated_and_draws_nothing():
     data = cases.Noisy(size=2)
     before = torch.get_rng_state()
-    sample = example(data, DataLoader(data, shuffle=True), 3)
+    sample = example(DataLoader(data, shuffle=True), 3)
     assert sample["x"].shape == (3, 8) and torch.equal(torch.get_rng_state(), before)
     stream = cases.Stream(size=4)
-    assert example(stream, DataLoader(stream, batch_size=2), 2)["x"].shape == (2, 8)
+    assert example(DataLoader(stream, batch_size=2), 2)["x"].shape == (2, 8)
     with pytest.raises(autopar.ConfigError, match="is empty"):
-        example(cases.SimpleDataset(size=0), DataLoader(data), 1)
+        example(DataLoader(cases.SimpleDataset(size=0)), 1)
 
 
 def test_checksum_of_windows():

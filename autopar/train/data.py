@@ -145,11 +145,12 @@ def checksum(window: Window) -> int:
     return total
 
 
-def example(dataset: Any, loader: Any, micro_batch_size: int) -> Any:
+def example(loader: Any, micro_batch_size: int) -> Any:
     """One collated micro batch, as the loader would give it; random states stay as they are.
 
     Raises ConfigError where there is not enough data for one.
     """
+    dataset = getattr(loader, "dataset", None)
     with randomness_kept():
         if isinstance(loader, DataLoader) and not isinstance(dataset, IterableDataset) and hasattr(dataset, "__len__"):
             n = len(dataset)
