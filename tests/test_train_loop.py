@@ -152,6 +152,8 @@ def test_reduce_on_plateau_gets_the_validation_loss(run):
     }
     _, seen = run(lr_scheduler=schedule, max_epochs=3, dataset=VAL)
     assert seen.lrs[0] == 0.1 and seen.lrs[-1] == pytest.approx(0.01)
+    _, by_step = run(lr_scheduler={**schedule, "interval": "step"}, max_train_steps=4)
+    assert by_step.lrs == pytest.approx([0.1, 0.1, 0.01, 0.001])
 
 
 # -- losses and gradients

@@ -368,7 +368,7 @@ class TrainerArgs:
     max_train_steps: Count | None = None
     """Default: no limit."""
     max_val_steps: Count | None = None
-    """Micro batches of a validation. Default: all."""
+    """Steps of a validation: `grad_accumulation_steps` micro batches of each scale unit, as in training. Default: all."""
 
     val_every_n_train_steps: Count | None = None
     """Default: not after a number of steps."""

@@ -200,11 +200,11 @@ class Loop:
         lr = self.optimizer.param_groups[0]["lr"]
         gradients.step()
         if self._per_step:
-            self.scheduler.step()
+            self._step_scheduler(loss)
         self.status.finished_train_steps += 1
         self._log_step(TrainStepMetrics(loss, gnorm, float(lr), epoch), aggregated, told)
         emit(events.StepEnd, epoch, idx, self._metrics, aggregated)
-        return following, told[NEXT]
+        return following, int(told[NEXT])
 
     def _aggregate(self, outputs: list[Any], window: Window, following: Window | None) -> tuple[AggregatedOutputs, list[float]]:
         """The step's outputs of all ranks put together; and the sums of what ranks have told, for data over the scale units."""
@@ -217,7 +217,8 @@ class Loop:
         row[SIGNAL] = self.trainer.interrupts.requested
         rows = self.exchange(row)
         told = rows.sum(0).tolist()
-        told[NEXT] = self._total(rows[:, NEXT])
+        if self.trainer.mesh.unit_size > 1:
+            told[NEXT] = self._total(rows[:, NEXT])
         if told[BAD]:
             self._stop_for(rows[:, BAD].tolist(), losses)
         if told[SIGNAL] and not self.signal:
@@ -264,7 +265,7 @@ class Loop:
             self.validate()
         if ends:
             if self.scheduler is not None and spec.lr_interval == "epoch":
-                self._step_scheduler()
+                self._step_scheduler(self._train_loss if self._val_loss is None else self._val_loss)
             self.status.anchor(epoch + 1, 0, self.steps_per_epoch)
         if save:
             self._saved = done
@@ -272,9 +273,9 @@ class Loop:
         if validate or save:
             self.trainer.meter.restart()
 
-    def _step_scheduler(self) -> None:
+    def _step_scheduler(self, loss: float) -> None:
         if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            self.scheduler.step(self._train_loss if self._val_loss is None else self._val_loss)
+            self.scheduler.step(loss)
         else:
             self.scheduler.step()
 
