@@ -161,8 +161,8 @@ def train(pair: str, hidden: int, count: int, each: int) -> dict[str, Any]:
     for _ in range(3):
         first = [step() for step in steps.values()]
         assert abs(first[0] - first[1]) < 1e-3, first
-    out = {"bytes": _reduced_bytes(steps, hidden)} if pair == "dp2" else {}
-    return out | {"times": _in_turn(steps, count, each)}
+    out = {"times": _in_turn(steps, count, each)}
+    return out | ({"bytes": _reduced_bytes(steps, hidden)} if pair == "dp2" else {})
 
 
 def _reduced_bytes(steps: dict[str, Step], hidden: int) -> dict[str, int]:
