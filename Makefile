@@ -15,7 +15,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python examples/gpt/demo.py
 
 test: $(VENV)/.installed lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
