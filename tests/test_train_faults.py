@@ -192,8 +192,12 @@ class Signal(TrainHook):
 
     def on_train_step_start(self, trainer, batches):
         if trainer.train_status.finished_train_steps == self.step - 1 and trainer.rank == self.rank:
-            for _ in range(1 + self.twice):
+            os.kill(os.getpid(), self.number)
+            while not trainer.interrupts.requested:  # NB: another thread may get the signal first, and two at a time are one
+                time.sleep(0.01)
+            if self.twice:
                 os.kill(os.getpid(), self.number)
+                time.sleep(0.5)
 
     def on_step_end(self, trainer, epoch, idx, step_metrics, aggregated_outputs):
         self.losses.append(step_metrics.train_loss)
