@@ -6,12 +6,14 @@ from __future__ import annotations
 import os
 import socket
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from autopar.errors import LayoutError
+from autopar.runtime import groups
 from autopar.runtime.groups import fail_together, rank_mesh
 from autopar.runtime.inproc import run_ranks
 from tests.procs import ProcessesFailed, run_processes
@@ -42,6 +44,32 @@ def test_world_size_does_not_fit():
     for text in run_processes(lambda rank: message(lambda: rank_mesh((("dp", 2), ("tp", 2)))), 3):
         assert "the generated code is for 4 devices (dp=2, tp=2), but 3 processes are running" in text
         assert "torchrun --nproc_per_node 4" in text and "plan_ngpus=3" in text
+
+
+def workers():
+    """How many threads of gloo there are that hold tensors."""
+    return sum("gloo_runloop" in t.read_text() for t in Path("/proc/self/task").glob("*/comm"))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="counts threads by /proc")
+@pytest.mark.parametrize("destroyed", [True, False])
+def test_no_thread_is_left_when_python_ends(destroyed):
+    """One of gloo that lets go of a tensor then aborts the process; whoever still holds a mesh, and whether the script ends the run."""
+
+    def rank_main(rank):
+        mesh = rank_mesh((("dp", 2), ("tp", 2)), device="cpu")
+        for name in mesh.names:
+            mesh[name].all_reduce_(torch.ones(3))
+        during = workers()
+        dist.barrier()
+        if destroyed:
+            dist.destroy_process_group()
+        groups._end()
+        assert mesh.world_size == 4  # it is still there
+        return during, workers()
+
+    for during, after in run_processes(rank_main, 4, connect=False):
+        assert during and not after
 
 
 def test_unknown_axis():

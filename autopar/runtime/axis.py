@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from math import prod
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.distributed as dist
@@ -240,8 +241,11 @@ def wait(work: dist.Work) -> None:
 class DistComm:
     """torch.distributed: NCCL for CUDA tensors, gloo for CPU ones; a gloo group takes CUDA tensors through host memory."""
 
+    made: ClassVar[weakref.WeakSet[DistComm]] = weakref.WeakSet()  # all there are, to let go of their groups when the run ends
+
     def __init__(self, group: dist.ProcessGroup | None = None):
         self.group = group if group is not None else dist.group.WORLD
+        self.made.add(self)
         self.staged = dist.get_backend(self.group) == "gloo"
         self._ops = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from autopar.config import BroadcastStrategy
 from autopar.errors import SavedirError
-from autopar.runtime.groups import TIMEOUT, fail_together, local_device
+from autopar.runtime.groups import TIMEOUT, fail_together, holders, local_device
 from autopar.weights import BUFFERS, WEIGHTS
 
 MANIFEST = "manifest.json"
@@ -92,6 +92,7 @@ def _sees(source: Path, folder: Path, timeout: float) -> list[bool]:
 
 
 _groups: dict[tuple[dist.ProcessGroup | None, tuple[int, ...]], dist.ProcessGroup] = {}
+holders.append(_groups.clear)
 
 
 def _group(ranks: tuple[int, ...]) -> dist.ProcessGroup:

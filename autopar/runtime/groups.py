@@ -7,6 +7,7 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+import threading
 import time
 import traceback
 from collections import defaultdict
@@ -24,6 +25,8 @@ from autopar.runtime.mesh import RankMesh
 
 T = TypeVar("T")
 TIMEOUT = 600.0  # seconds that a collective may take, and that ranks wait for each other
+holders: list[Callable[[], object]] = []  # how those who keep groups for the whole run let go of them
+_ours = False  # whether torch.distributed was started here
 _LAUNCH = "torchrun --nproc_per_node {n} your_script.py"
 
 
@@ -50,7 +53,8 @@ def init(timeout: float = TIMEOUT) -> torch.device:
             dist.init_process_group("nccl", timeout=limit, device_id=device, **_meeting_place(limit))
         else:
             dist.init_process_group("gloo", timeout=limit, **_meeting_place(limit))
-        atexit.register(_end)
+        global _ours
+        _ours = True
     return local_device()
 
 
@@ -68,10 +72,27 @@ def _meeting_place(limit: timedelta) -> dict[str, Any]:
     return {"store": dist.PrefixStore(f"autopar/attempt {attempt}", store), "rank": rank, "world_size": world}
 
 
+@atexit.register
 def _end() -> None:
-    """Where the user's script has not done so. NB: a thread of gloo that lets go of a tensor while Python ends aborts the process."""
-    if dist.is_initialized() and not hasattr(sys, "last_value"):  # NB: after an error others may still wait in a collective
+    """Before Python ends, end the threads of gloo: one that lets go of a tensor while Python ends aborts the process.
+
+    NB: it is the last reference to a group that ends its threads, which wait for what is under way; after an error, or where a rank
+    leaves in the middle of a step, that may never come.
+    """
+    if hasattr(sys, "last_value"):
+        return
+    if _ours and dist.is_initialized() and dist.get_backend() == "gloo":  # NB: NCCL may wait for ranks that do not come
         dist.destroy_process_group()
+
+    def let_go() -> None:
+        for forget in holders:
+            forget()
+        for comm in list(DistComm.made):
+            comm.group = None
+
+    thread = threading.Thread(target=let_go, daemon=True)
+    thread.start()
+    thread.join(2.0)
 
 
 def alone() -> bool:

@@ -18,7 +18,7 @@ from torch import nn
 from autopar.config import BroadcastStrategy, ComputeConfig
 from autopar.errors import LayoutError, SavedirError
 from autopar.runtime.broadcast import broadcast_files
-from autopar.runtime.groups import TIMEOUT, alone, fail_together, init, rank_mesh
+from autopar.runtime.groups import TIMEOUT, alone, fail_together, holders, init, rank_mesh
 from autopar.runtime.initial import fill
 from autopar.runtime.mesh import RankMesh
 from autopar.runtime.module import ParallelModule, Reader
@@ -51,13 +51,20 @@ def compile_once(build: Callable[[], T], config: ComputeConfig, timeout: float =
     return box[0]
 
 
-def leave() -> None:
-    """End the processes' connection, once nobody talks any more, and let go of all that holds it."""
+def _forget() -> None:
     global _unit
-    if dist.is_initialized():
-        dist.destroy_process_group()
     _unit = (None, 0)
     _meshes.clear()
+
+
+holders.append(_forget)
+
+
+def leave() -> None:
+    """End the processes' connection, once nobody talks any more, and let go of all that holds it."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    _forget()
     gc.collect()  # NB: a group that is collected in a fork of this process waits for threads that are not there
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from autopar.errors import CheckpointError
+from autopar.runtime.axis import DistComm
 from autopar.runtime.state import checkpoint, ranks
 from autopar.runtime.state.disk import save_file
 from autopar.runtime.state.generators import random_state
@@ -34,7 +35,11 @@ class Meeting:
 
     def __init__(self, rank: int, world: int):
         self.rank, self.world = rank, world
-        self.group = dist.new_group(backend="gloo", timeout=LIMIT) if world > 1 else None
+        self._comm = DistComm(dist.new_group(backend="gloo", timeout=LIMIT)) if world > 1 else None
+
+    @property
+    def group(self) -> Any:
+        return self._comm.group if self._comm is not None else None
 
     def gather(self, value: Any) -> list[Any]:
         """Everybody's. NB: collective."""
