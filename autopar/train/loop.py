@@ -22,7 +22,7 @@ from autopar.train.metrics import TrainStepMetrics, ValMetrics
 from autopar.train.state import randomness_kept
 
 if TYPE_CHECKING:
-    from autopar.train.trainer import Trainer
+    from autopar.train.core import Core
 
 log = logging.getLogger("autopar.train")
 # The numbers that a rank tells the others in a step. Those of data are told by the first rank of each scale unit alone; how many micro
@@ -36,7 +36,7 @@ class Loop:
     .signal: what has interrupted it, or 0. .steps_per_epoch: None where loaders have no length.
     """
 
-    def __init__(self, trainer: Trainer):
+    def __init__(self, trainer: Core):
         self.trainer, self.spec, self.events = trainer, trainer.spec, trainer.events
         self.model, self.optimizer, self.scheduler = trainer.model, trainer.optimizer, trainer.lr_scheduler
         self.passes, self.gradients, self.status = trainer.passes, trainer.gradients, trainer.train_status
