@@ -5,11 +5,13 @@ One process where that is enough. Resuming is in test_train_resume.py, killed ra
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import pickle
 import resource
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -584,12 +586,39 @@ def test_a_disk_that_is_really_full(tmp_path):
 # -- saves that are killed
 
 
-def save_for_ever(folder, kind, start, **settings):
-    pair, saver = trained(), made(folder, kind, keep_last_n_checkpoints=2, **settings)
-    for step in range(start, 10**9):
-        for p in pair[0].parameters():
-            p.data.fill_(step)
-        save(saver, step, pair, loss=-step)
+def killed_while_saving(folder, kind, start, moment, **settings):
+    """In a child: the save of step start, then the one of start + 1, in which SIGKILL comes. Returns whether it came.
+
+    moment: the number of operations on files (as Python's audit events count them) before it; or seconds.
+    """
+    pid = os.fork()
+    if pid == 0:
+        torch.set_num_threads(1)
+        pair, saver = trained(), made(folder, kind, keep_last_n_checkpoints=2, **settings)
+        for step in (start, start + 1):
+            for p in pair[0].parameters():
+                p.data.fill_(step)
+            if step > start:
+                arm(moment)
+            save(saver, step, pair, loss=-step)
+            saver.wait()
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert code in (0, -signal.SIGKILL)
+    return code != 0
+
+
+def arm(moment):
+    if isinstance(moment, float):
+        threading.Thread(target=lambda: (time.sleep(moment), os.kill(os.getpid(), signal.SIGKILL)), daemon=True).start()
+        return
+    count = itertools.count()
+
+    def hook(event, args):
+        if (event == "open" or event.startswith(("os.", "shutil."))) and next(count) == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
 
 
 CASES = [("dcp", {}), ("dcp", {"async_save": True}), ("sharded", {"symlink_best_and_last": False}), ("merged", {})]
@@ -598,39 +627,30 @@ CASES = [("dcp", {}), ("dcp", {"async_save": True}), ("sharded", {"symlink_best_
 @pytest.mark.procs
 @pytest.mark.parametrize(("kind", "settings"), CASES, ids=["dcp", "async", "copies", "merged"])
 def test_killed_saves(tmp_path, kind, settings):
-    """SIGKILL at many moments: last and best are always there, complete, and never older than before; torn folders are refused."""
-    last, usual = 0, 0.0
-    save(made(tmp_path, kind, **settings), 0)
-    for _ in range(2):
-        start = time.monotonic()
-        saver = made(tmp_path / "warm", kind, **settings)
-        save(saver, 0)
-        saver.wait()
-        usual = time.monotonic() - start
-    torn = 0
-    for delay in range(10):
-        pid = os.fork()
-        if pid == 0:
-            torch.set_num_threads(1)
-            save_for_ever(tmp_path, kind, last + 1, **settings)
-            os._exit(1)
-        time.sleep(usual * (0.5 + 0.37 * delay))
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+    """SIGKILL before every operation on files of a save, and in between: last and best are always there, complete, and never older
+    than before; torn folders are refused."""
+    start, torn, late = 1, 0, 0
+    for moment in itertools.chain([0.0005 * 2**i for i in range(6)], itertools.count()):
+        killed = killed_while_saving(tmp_path, kind, start, moment, **settings)
         saver = made(tmp_path, kind)
         found, module, _ = load(saver, saver.find("last"))
         step = found.status["finished_train_steps"]
-        assert step >= last and found.head["step"] == step
-        assert all(bool((p == step).all()) for p in module.parameters()) or step == 0
+        assert step in (start, start + 1) and found.head["step"] == step
+        assert all(bool((p == step).all()) for p in module.parameters())
         best = load(saver, saver.find("best"))[0].status["finished_train_steps"]
-        assert best in (step - 1, step) or delay == 0, "best is written after last"
-        last = step
+        assert best in (step - 1, step), "best is written after last"
         for aside in tmp_path.glob(".*.saving"):
             if aside.is_dir() and not aside.name.startswith((".last", ".best")) and not (aside / "autopar.json").exists():
                 torn += 1
                 with pytest.raises(CheckpointError, match=r"is no complete checkpoint: it has no autopar\.json"):
                     load(saver, aside)
-    assert torn and last > 0, "some saves were killed in the middle, some were not"
+        late += killed and step > start
+        if not killed:
+            assert step == start + 1
+            if isinstance(moment, int):
+                break
+        start += 2
+    assert torn > 3 and late > 3 and moment > 15, "killed before a save counts and after"
 
 
 def die(folder, kind, later, rank):
