@@ -2,12 +2,15 @@
 Must not know what the device is.
 """
 
+import os
+
 import pytest
 import torch
 
 from tests import train_cases as cases
 from tests.procs import run_processes
 
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a process that asked the driver itself cannot be forked
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 STEPS = 8
 
@@ -38,6 +41,11 @@ def plain(units=1, precision=None):
     return cases.train_plain(model, optimizer, OnDevice(24), steps=STEPS, units=units, accumulation=3, clip=1.5)
 
 
+def plain_elsewhere(**kwargs):
+    """In a process of its own: this one is to be forked."""
+    return run_processes(lambda rank: plain(**kwargs), 1, 240, connect=False)[0]
+
+
 def seen_by(args):
     trainer, seen = cases.train(args)
     assert trainer.device.type == "cuda" and {p.device.type for p in trainer.model.parameters()} == {"cuda"}
@@ -45,16 +53,22 @@ def seen_by(args):
 
 
 def test_two_ranks_on_one_device(tmp_path):
-    """NB: first of all, before this process has used CUDA and cannot be forked. Gloo, of which CUDA tensors go through the host."""
+    """NB: first of all, before this process has used CUDA and cannot be forked. Gloo: CUDA tensors go through the host."""
     if torch.cuda.is_initialized():
         pytest.skip("this process has used CUDA")
-    tp = gpt_args(tmp_path / "tp", compute_config={"plan_ngpus": 2}, pas_policy="tp")
-    dp = gpt_args(tmp_path / "dp", compute_config={"use_zero": True})
-    got = {units: run_processes(lambda rank, a=a: seen_by(a), 2, 240) for units, a in ((1, tp), (2, dp))}
-    for units, ranks in got.items():
-        losses, norms = plain(units)
-        for mine in ranks:
-            assert mine[0] == pytest.approx(losses, abs=1e-4) and mine[1] == pytest.approx(norms, rel=1e-3)
+    zero = {"runtime_ngpus": 2, "use_zero": True}
+    configs = {
+        "tp": {"plan_ngpus": 2},
+        "zero": zero,
+        "scattered": zero | {"zero_use_reduce_scatter": True, "use_async_reducer": True},
+        "zero3": zero | {"use_zero": 3},
+    }
+    for name, config in configs.items():
+        args = gpt_args(tmp_path / name, compute_config=config, pas_policy="tp" if name == "tp" else "dp")
+        losses, norms = plain_elsewhere(units=1 if name == "tp" else 2)
+        for mine in run_processes(lambda rank, a=args: seen_by(a), 2, 240):
+            assert mine[0] == pytest.approx(losses, abs=1e-4), name
+            assert mine[1] == pytest.approx(norms, rel=1e-3), name
 
 
 @pytest.mark.parametrize("precision", [None, "bf16"])
