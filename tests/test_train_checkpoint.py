@@ -527,6 +527,7 @@ class Full(TrainHook):
     """No room on the disk of rank 1 for the saves after steps 4 and 6."""
 
     def on_step_end(self, trainer, epoch, idx, step_metrics, aggregated_outputs):
+        trainer.checkpointer.wait()  # a save in the background meets the disk of its own step
         full(100 if trainer.rank == 1 and trainer.train_status.finished_train_steps in (3, 4, 5, 6) else None)
 
 
@@ -650,7 +651,7 @@ def test_killed_saves(tmp_path, kind, settings):
             if isinstance(moment, int):
                 break
         start += 2
-    assert torn > 3 and late > 3 and moment > 15, "killed before a save counts and after"
+    assert torn >= 3 and late > 3 and moment > 15, "killed before a save counts and after"
 
 
 def die(folder, kind, later, rank):

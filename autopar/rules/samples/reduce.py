@@ -2,6 +2,8 @@
 Must not know how the ops are split.
 """
 
+import torch
+
 from autopar.rules.samples import Sample, T
 
 F = "torch.nn.functional."
@@ -28,7 +30,7 @@ SAMPLES = [
     *(Sample(f"torch.{n}", X, 1, splits="d0 d2") for n in ("median", "nanmedian", "mode", "nanmean", "nansum", "count_nonzero")),
     *(Sample(f"torch.{n}", X, splits="") for n in ("max", "min", "argmax", "prod")),
     Sample("torch.amax", X, (0, 2), True),
-    Sample("torch.aminmax", X, dim=1),
+    Sample("torch.aminmax", X, dim=1, grad=torch.__version__ >= "2.12"),  # has no derivative before
     Sample("torch.argmax", X, dim=-1, keepdim=True),
     Sample("torch.max", X, T(16), splits="d0 d1 d2"),
     Sample("torch.min", X, other=T(16)),
