@@ -7,6 +7,7 @@ the same processes; medians of per-round ratios. Also compares the bytes put int
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -52,13 +53,20 @@ def make_step(model: Any, args: dict[str, Any], sync: Callable[[], None] | None 
 
 
 def rounds(steps: dict[str, Callable[[], float]], count: int, each: int) -> dict[str, list[float]]:
-    """CPU seconds of `each` steps of every contestant, `count` times in turn (A, B, A, B), after one warm-up round."""
+    """CPU seconds of `each` steps of every contestant, `count` times in turn (A, B, B, A), after one warm-up round.
+
+    NB: nobody is to pay for what the one before leaves: the order changes, and garbage is collected between turns.
+    """
     times: dict[str, list[float]] = {k: [] for k in steps}
     for n in range(count + 1):
-        for name, step in steps.items():
+        if n == 1:
+            gc.collect()
+            gc.freeze()  # what lives on need not be looked through again
+        for name in list(steps)[:: -1 if n % 2 else 1]:
+            gc.collect()
             start = time.process_time()
             for _ in range(each):
-                step()
+                steps[name]()
             if n:
                 times[name].append(time.process_time() - start)
     return times
@@ -168,8 +176,8 @@ def ratio(times: dict[str, list[float]], against: str) -> float:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--rounds", type=int, default=15)
-    options.add_argument("--steps", type=int, default=4, help="steps per round and model")
+    options.add_argument("--rounds", type=int, default=60, help="twice as many of the models on one rank")
+    options.add_argument("--steps", type=int, default=1, help="steps per round and model")
     options.add_argument("--child", nargs="*")
     args = options.parse_args()
     if args.child:
@@ -182,7 +190,8 @@ def main() -> None:
         else:
             one_rank(count, each, job == "compiled")
         return
-    count, each = str(args.rounds), str(args.steps)
+    # NB: many short turns: the machine's speed changes by the second, by more than what is to be seen.
+    count, each, twice = str(args.rounds), str(args.steps), str(2 * args.rounds)
     figures = []
     for hidden, goal in ((128, 0.80), (512, 0.90)):
         got = child("two", str(hidden), count, each, ranks=2)
@@ -192,9 +201,9 @@ def main() -> None:
         share = got["bytes"]["generated"] / got["bytes"]["handwritten"]
         figures.append(Figure(f"tp2_bytes_vs_handwritten_h{hidden}", share, "ratio", "bytes in collectives, hand-written", 1.0))
     for job, name in (("eager", "one_rank_vs_eager"), ("compiled", "one_rank_vs_eager_compiled")):
-        got = child(job, count, str(4 * args.steps))
+        got = child(job, twice, each)
         figures.append(Figure(name, ratio(got["times"], "eager"), "ratio", f"the module itself, {job}", 1.02))
-    got = child("guards", count, str(4 * args.steps))
+    got = child("guards", twice, each)
     figures.append(Figure("guards_cost", ratio(got["times"], "eager"), "ratio", "guards='off', Hugging Face GPT-2", 1.05))
     report(figures, args.json)
 

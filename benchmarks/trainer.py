@@ -52,8 +52,8 @@ def ratio(times: dict[str, list[float]], one: str, other: str) -> float:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--rounds", type=int, default=60)
-    options.add_argument("--steps", type=int, default=10, help="steps per round, of the trainer and of the bare loop")
+    options.add_argument("--rounds", type=int, default=150)
+    options.add_argument("--steps", type=int, default=4, help="steps per round, of the trainer and of the bare loop")
     options.add_argument("--saves", type=int, default=7)
     options.add_argument("--child", nargs="*")
     args = options.parse_args()

@@ -5,6 +5,7 @@ Must not know what a step is.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,14 +23,25 @@ class Exchange:
         self.axis = control(mesh)
         self.rows = torch.zeros((self.axis.size, width), dtype=torch.float64)
         self._out = [list(self.rows.unbind())]
+        self._work: Any = None
 
     def __call__(self, row: Sequence[float]) -> Tensor:
-        mine = torch.tensor(row, dtype=torch.float64)
+        self.begin(row)
+        return self.end()
+
+    def begin(self, row: Sequence[float]) -> None:
+        """Send the row; what is done until end() costs the others' rows no wait."""
+        self._mine = mine = torch.tensor(row, dtype=torch.float64)  # NB: kept until it is sent
         if self.axis.size == 1:
             self.rows[0] = mine
         elif isinstance(self.axis.comm, DistComm):
             # NB: below torch.distributed's functions, which cost three times what they do here.
-            axis_module.wait(self.axis.comm.group.allgather(self._out, [mine]))
+            self._work = self.axis.comm.group.allgather(self._out, [mine])
         else:
             self.rows.copy_(self.axis.stack(mine))
+
+    def end(self) -> Tensor:
+        work, self._work = self._work, None
+        if work is not None:
+            axis_module.wait(work)
         return self.rows

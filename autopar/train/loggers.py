@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ from autopar.train.console import ConsoleLogger
 __all__ = ["ConsoleLogger", "JsonLinesLogger", "Logger", "Loggers", "TensorBoardLogger", "WandbLogger"]
 
 log = logging.getLogger("autopar.train")
+HELD_S = 1.0  # seconds that TensorBoardLogger keeps numbers back
 
 
 class Logger(Protocol):
@@ -117,6 +119,7 @@ class TensorBoardLogger:
             raise _missing("TensorBoardLogger", "tensorboard", e) from e
         self.folder = Path(root_dir) / name
         self.writer: Any = None
+        self._held: list[tuple[Any, int, float]] = []
         self._make, self._summary, self._kwargs = SummaryWriter, Summary, kwargs
 
     def setup(self, run: Mapping[str, Any]) -> None:
@@ -128,14 +131,25 @@ class TensorBoardLogger:
             self.writer.add_text("args", f"```\n{json.dumps(run['args'], indent=2, default=str)}\n```", done)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int, *, tag: str) -> None:
+        now = time.time()
         # NB: one event for all metrics; add_scalar for each takes eight times as long.
         values = [self._summary.Value(tag=f"{tag}/{name}", simple_value=float(value)) for name, value in metrics.items()]
-        self.writer.file_writer.add_summary(self._summary(value=values), step)
+        self._held.append((self._summary(value=values), step, now))
+        if not 0 <= now - self._held[0][2] < HELD_S:
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        """NB: many at once; the writer's thread takes turns with training, which costs more than what it writes."""
+        for event in self._held:
+            self.writer.file_writer.add_summary(*event)
+        self._held.clear()
 
     def flush(self) -> None:
+        self._pass_on()
         self.writer.flush()
 
     def finalize(self, status: str) -> None:
+        self._pass_on()
         self.writer.close()
 
 

@@ -48,6 +48,7 @@ class Loop:
         self.steps_per_epoch: int | None = None
         self._saves_on_interrupt = self.spec.checkpoint.save_on_interrupt and not self.spec.checkpoint.no_save
         self._per_step = self.scheduler is not None and self.spec.lr_interval == "step"
+        self._clips_early = False
         self._row = [0.0] * WIDTH
         self._train_loss = math.nan
         self._val_loss: float | None = None
@@ -93,6 +94,9 @@ class Loop:
 
     def run(self) -> None:
         self.events.emit(events.TrainStart)
+        # Gradients are clipped while the ranks' numbers travel, where neither needs the other and nobody hears in which order it is done.
+        heard = self.events.heard(events.TrainAggregated, events.BeforeClip, events.AfterClip)
+        self._clips_early = self.gradients.early and self.trainer.aggregate_outputs_fn is None and not heard
         self.model.train()
         while (place := self._next()) is not None:
             self.events.emit(events.EpochStart, place[0])
@@ -189,12 +193,14 @@ class Loop:
         outputs = self.passes.train(window, gradients.scale_before(total))[: window.real]
         emit(events.TrainStepEnd, outputs)
         following = self.feed.fetch() if ahead else None  # while the device still works
-        aggregated, told = self._aggregate(outputs, window, following)
+        losses = self._tell(outputs, window, following)
+        gnorm = gradients.clip().item() if self._clips_early else None
+        aggregated, told = self._aggregate(outputs, losses)
         self._train_loss = loss = _reduced(aggregated, self.spec.loss_reduction)
         emit(events.TrainAggregated, aggregated, loss)
-        gradients.scale_after(aggregated)
-        norm = gradients.clip()
-        gnorm = norm.item()
+        if gnorm is None:
+            gradients.scale_after(aggregated)
+            gnorm = gradients.clip().item()
         if self.spec.check_finite and not math.isfinite(gnorm):
             raise gradients.explain(gnorm, self.passes, window, self.status.finished_train_steps + 1)
         lr = self.optimizer.param_groups[0]["lr"]
@@ -206,8 +212,8 @@ class Loop:
         emit(events.StepEnd, epoch, idx, self._metrics, aggregated)
         return following, int(told[NEXT])
 
-    def _aggregate(self, outputs: list[Any], window: Window, following: Window | None) -> tuple[AggregatedOutputs, list[float]]:
-        """The step's outputs of all ranks put together; and the sums of what ranks have told, for data over the scale units."""
+    def _tell(self, outputs: list[Any], window: Window, following: Window | None) -> list[float]:
+        """Begin to tell the other ranks of this one's step; the losses."""
         losses = losses_of(outputs)
         row = self._row
         if self.first:
@@ -215,7 +221,12 @@ class Loop:
         row[NEXT] = 0 if following is None else following.real
         row[BAD] = not_finite(losses) if self.spec.check_finite else 0
         row[SIGNAL] = self.trainer.interrupts.requested
-        rows = self.exchange(row)
+        self.exchange.begin(row)
+        return losses
+
+    def _aggregate(self, outputs: list[Any], losses: list[float]) -> tuple[AggregatedOutputs, list[float]]:
+        """The step's outputs of all ranks put together; and the sums of what ranks have told, for data over the scale units."""
+        rows = self.exchange.end()
         told = rows.sum(0).tolist()
         if self.trainer.mesh.unit_size > 1:
             told[NEXT] = self._total(rows[:, NEXT])
