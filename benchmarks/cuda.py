@@ -1,7 +1,7 @@
 """On a CUDA device: one-rank generated code against the module itself, in step time, peak memory and results.
 
     python benchmarks/cuda.py [--json]
-Llama-like models, a small one (launches dominate) and one of 0.4 billion parameters in bfloat16; wall seconds after a
+Llama-like models, a small one (launches dominate) and one of 0.5 billion parameters in bfloat16; wall seconds after a
 synchronize, the two taking turns, medians of per-round ratios. Then a training step of every model of models.py.
 """
 
