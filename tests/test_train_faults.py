@@ -184,9 +184,9 @@ def test_loggers_are_told_how_it_ended(tmp_path):
 
 
 class Signal(TrainHook):
-    """One rank sends itself a signal in a step; records the steps that are made."""
+    """One rank sends itself a signal in a step, and perhaps once more, `twice` seconds before it goes on; records the steps made."""
 
-    def __init__(self, number, step=3, rank=0, twice=False):
+    def __init__(self, number, step=3, rank=0, twice=0.0):
         self.number, self.step, self.rank, self.twice = number, step, rank, twice
         self.losses = []
 
@@ -197,7 +197,7 @@ class Signal(TrainHook):
                 time.sleep(0.01)
             if self.twice:
                 os.kill(os.getpid(), self.number)
-                time.sleep(0.5)
+                time.sleep(self.twice)
 
     def on_step_end(self, trainer, epoch, idx, step_metrics, aggregated_outputs):
         self.losses.append(step_metrics.train_loss)
@@ -239,12 +239,13 @@ def test_a_signal_to_one_rank(tmp_path, number, save):
 def test_a_second_signal_ends_it_at_once(tmp_path, monkeypatch, soon):
     """Unless it comes with the first: under torchrun, Ctrl-C does."""
     monkeypatch.setattr(interrupts, "GRACE", 100.0 if soon else 0.0)
-    args = cases.shared_args(tmp_path, hook={"type": Signal, "args": {"number": int(signal.SIGINT), "twice": True}})
+    # NB: the one that ends it may be late, where a thread gets it that a busy machine lets wait.
+    args = cases.shared_args(tmp_path, hook={"type": Signal, "args": {"number": int(signal.SIGINT), "twice": 0.5 if soon else 30.0}})
     (mine, done, _), (other, _, _) = outcomes(args)
     if soon:
         assert (mine, other, done) == ("SystemExit: 130", "SystemExit: 130", 3)
         return
-    assert mine == "KeyboardInterrupt: " and done == 2
+    assert (mine, done) == ("KeyboardInterrupt: ", 2)
     assert "rank 0 failed" in other and "KeyboardInterrupt" in other
 
 
