@@ -187,9 +187,9 @@ def _reduced_bytes(steps: dict[str, Step], hidden: int) -> dict[str, int]:
     return {"autopar": sum(r.payload for r in log), "counts": counts, "peer": sum(seen)}
 
 
-def memory(name: str, hidden: int, steps: int) -> dict[str, Any]:
+def memory(pair: str, name: str, hidden: int, steps: int) -> dict[str, Any]:
     """Peak of resident memory over what there was before the model, of one contestant, per rank."""
-    ours, theirs = PAIRS["zero3"]
+    ours, theirs = PAIRS[pair]
     _batch()
     small = (ours if name == "autopar" else theirs)(32)  # what is imported and compiled at first
     for _ in range(2):
@@ -401,11 +401,11 @@ def main() -> None:
                 b = got["bytes"]
                 figures.append(Figure("dp2_bytes_vs_ddp", (b["autopar"] - b["counts"]) / b["peer"], "ratio", "gradient bytes, DDP", 1.0))
     if "memory" in wanted:
-        ours, theirs = (child("memory", name, HIDDEN, 3, env=MALLOC) for name in ("autopar", "peer"))
-        against = f"FSDP2, peak per rank ({ours['peak']:.0f} and {theirs['peak']:.0f} MB)"
-        figures.append(Figure("zero3_memory_vs_fsdp2", ours["peak"] / theirs["peak"], "ratio", against, 1.05))
-        against = f"FSDP2, between steps ({ours['held']:.0f} and {theirs['held']:.0f} MB)"
-        figures.append(Figure("zero3_memory_held_vs_fsdp2", ours["held"] / theirs["held"], "ratio", against, 1.05))
+        for pair, name, peer in (("zero1", "zero1_memory", "zro"), ("zero3", "zero3_memory", "fsdp2")):
+            ours, theirs = (child("memory", pair, who, HIDDEN, 3, env=MALLOC) for who in ("autopar", "peer"))
+            for key, when, middle in (("peak", "peak per rank", ""), ("held", "between steps", "_held")):
+                against = f"{goals[pair][1]}, {when} ({ours[key]:.0f} and {theirs[key]:.0f} MB)"
+                figures.append(Figure(f"{name}{middle}_vs_{peer}", ours[key] / theirs[key], "ratio", against, 1.05))
     with tempfile.TemporaryDirectory() as folder:
         if "checkpoint" in wanted:
             got = child("checkpoint", HIDDEN, args.rounds, folder)

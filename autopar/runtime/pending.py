@@ -68,7 +68,7 @@ def all_gather(axis: Axis, out: Tensor, t: Tensor) -> Pending:
 
 
 class Scratch:
-    """Memory for what arrives, used again and again: new memory costs as much as the copy into it."""
+    """Memory for what arrives, used again by the next bucket: new memory costs as much as the copy into it."""
 
     def __init__(self) -> None:
         self._free: list[Tensor] = []
@@ -82,23 +82,28 @@ class Scratch:
     def give(self, t: Tensor) -> None:
         self._free.append(t)
 
+    def clear(self) -> None:
+        self._free.clear()
+
 
 def reduce_scatter(axis: Axis, out: Tensor, t: Tensor, scratch: Scratch | None = None) -> Pending:
-    """out = this rank's part (of `size` equal ones) of the sum of t over the ranks. out and t must not overlap."""
+    """out = this rank's part (of `size` equal ones) of the sum of t over the ranks. out may be its place in t."""
     if axis.size == 1:
         out.copy_(t)
         return Pending()
     _note("reduce_scatter", axis, t)
     if not overlaps(axis, t.device):
-        axis.comm.reduce_scatter_into(out, t.view(axis.size, -1))
+        into = torch.empty_like(out)
+        axis.comm.reduce_scatter_into(into, t.view(axis.size, -1))
+        out.copy_(into)
         return Pending()
     if not axis.comm.staged:
         return Pending(dist.reduce_scatter_tensor(out, t, group=axis.comm.group, async_op=True))
     # NB: gloo's own is an all-reduce inside, and cannot be asked whether it is done. This rank's own part stays where it is, if that is
-    # at an end (of two ranks it always is).
+    # at the start or there are two; elsewhere out, which may be that part, would be written before it has been added.
     n, k, me = out.numel(), axis.size, axis.rank
     own = t[me * n : (me + 1) * n]
-    given = t[n:] if me == 0 else t[:-n] if me == k - 1 else t
+    given = t[n:] if me == 0 else t[:-n] if k == 2 else t
     sizes = [n if len(given) == len(t) or r != me else 0 for r in range(k)]
     taken = scratch.take(len(given), t) if scratch is not None else t.new_empty(len(given))
     parts = taken[: len(given)]

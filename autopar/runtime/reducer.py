@@ -135,6 +135,7 @@ class GradReducer:
         self._pre: list[Hook] = []
         self._post: list[Hook] = []
         self._next = 0  # buckets before this one have left; the order is the same on all ranks
+        self._scratch = Scratch()
 
         summed = [i for i in self.items if i.axis is not None and i.axis.size > 1 and i.param.numel()]
         freed = [i for i in summed if zero == 3 and _in_block(module, i)]
@@ -149,7 +150,7 @@ class GradReducer:
 
         self.shards: dict[Bucket, Shard] = {}
         if zero:
-            split, scratch = Splitter(zero_ngroups), Scratch()
+            split, scratch = Splitter(zero_ngroups), self._scratch
             for b in self.buckets:
                 whole = id(b.items[0]) not in late
                 how = {"scatter": use_reduce_scatter or not whole, "gathered": whole, "scratch": scratch}
@@ -237,6 +238,7 @@ class GradReducer:
             b.totals = totals.get(b)
             self._finish(b)
         self._next = 0
+        self._scratch.clear()
 
     @torch.no_grad()
     def _launch(self, b: Bucket) -> None:

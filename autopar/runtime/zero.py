@@ -98,7 +98,9 @@ class Shard:
         b = self.bucket
         if not self.scatter:
             return pending.all_reduce(b.axis, b.flat)
-        if self.out is None:
+        if self.gathered:
+            self.out = b.grads[self.start : self.stop]
+        elif self.out is None:
             self.out = torch.empty(self.stop - self.start, dtype=b.flat.dtype, device=b.flat.device)
         return pending.reduce_scatter(self.sender, self.out, b.grads, self.scratch if self.gathered else None)
 
