@@ -54,4 +54,6 @@ class Interrupts:
             log.warning("%s: ending after this step; once more ends at once", signal.Signals(number).name)
         elif time.monotonic() >= self._since + GRACE:
             self._restore()
+            if signal.getsignal(number) == signal.SIG_IGN:  # as a shell has it for what it starts in the background
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
             os.kill(self._owner, number)
